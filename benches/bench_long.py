@@ -1,6 +1,6 @@
 """Memory and time of an update on one pair with a long prompt, against the forecast.
 
-    python benches/bench_long.py [--tokens 32768] [--models one-head window] [--label after]
+    python benches/bench_long.py [--tokens 32768] [--models one-head window] [--processes 1 2 4]
 
 Models are random and small, so that the length dominates: one or two layers of width 64. Each case
 is one update of the trainer (SimPO, so that there is no second pass) in a new process, on a pair of
@@ -9,6 +9,9 @@ of the update, minus its memory with the policy loaded (`above_model`), to compa
 of the activations (`kept_forecast`, from `kept_bytes`); weights, gradients and optimizer state are
 tiny here. Blocks of 64 KiB are returned to the system when they are freed, as those of more than
 32 MiB always are, so that the peak is of memory in use and not of holes between blocks.
+
+With several processes, all compute the prompt together (`--context-parallel-size`), and figures are
+those of the process with the most. The forecast of the activations is that of one process.
 
 "one-head" has one narrow head, because whole attention takes time with the square of the length.
 `--tokens 131072 --models window` takes four CPU minutes per case.
@@ -24,6 +27,7 @@ import sys
 import tempfile
 import time
 from datetime import date
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +49,8 @@ from logratio.logps.completion import transformer
 from logratio.training import TrainConfig, load_model
 from logratio.training.activations import LayerOptions, decoder_layers, layer_options
 from logratio.training.memory import kept_bytes, training_forecast
+from logratio.training.parallel.context import split_prompts
+from logratio.training.parallel.processes import join_processes
 from logratio.training.update import Updater
 
 RESULTS = Path(__file__).parent / "results" / "long.jsonl"
@@ -83,9 +89,11 @@ def store_of(prompt: int) -> Store:
 def one_case(model: str, prompt: int, checkpointing: str) -> dict[str, Any]:
     """Run one update, and return its figures."""
     torch.manual_seed(0)
-    store = store_of(prompt)
+    store, processes = store_of(prompt), join_processes()
+    processes.divide_prompts(processes.count)
     with tempfile.TemporaryDirectory() as folder:
         AutoModelForCausalLM.from_config(CONFIGS[model]).save_pretrained(folder)
+        processes.start_group(torch.device("cpu"))  # only rank 0 of a group could save a model
         config = TrainConfig(
             folder,
             "-",
@@ -97,11 +105,15 @@ def one_case(model: str, prompt: int, checkpointing: str) -> dict[str, Any]:
         )
         forecast = training_forecast(config, store).memory_bytes
         kept = kept_bytes(folder, twice=checkpointing == "all") * int(store.shared_lengths()[0])
+        kept /= processes.count
         policy = load_model(folder).requires_grad_()
-        memory, seconds = measured(Updater(config, store, policy, None, "shared"))
+        updater = Updater(config, store, policy, None, "shared", processes=processes)
+        memory, seconds = measured(updater)
     report = memory.report(sum(p.numel() for p in policy.parameters()))
-    figures = {name: report[name] for name in ("policy", "peak", "above_model")}
-    return {"forecast": forecast, "kept_forecast": kept, **figures, **seconds}
+    own = {name: report[name] for name in ("policy", "peak", "above_model")} | seconds
+    everyone = processes.share(own)
+    figures = {name: max(one[name] for one in everyone) for name in own}
+    return {"forecast": forecast, "kept_forecast": kept, **figures}
 
 
 def measured(updater: Updater) -> tuple[Memory, dict[str, float]]:
@@ -112,9 +124,10 @@ def measured(updater: Updater) -> tuple[Memory, dict[str, float]]:
     settings = FeedSettings(groups_per_update=1, token_budget=2**20)
     batches = list(Feed(updater.store, settings, depth=0))
     memory.mark_policy()
-    memory.begin()
-    start, cpu = time.perf_counter(), time.process_time()
-    with shared_prompts(transformer(policy)), layer_options(policy, layers):
+    attention = shared_prompts(transformer(policy))
+    with split_prompts(updater), attention, layer_options(policy, layers):
+        memory.begin()
+        start, cpu = time.perf_counter(), time.process_time()
         updater.update(1, 1e-6, iter(batches))
     memory.end()
     return memory, {
@@ -123,9 +136,13 @@ def measured(updater: Updater) -> tuple[Memory, dict[str, float]]:
     }
 
 
-def run_case(model: str, prompt: int, checkpointing: str, limit: float) -> dict[str, Any]:
-    """Measure one case in a new process; return a reason instead of figures if it fails."""
-    call = [sys.executable, __file__, "--case", model, str(prompt), checkpointing]
+def run_case(
+    model: str, prompt: int, checkpointing: str, limit: float, processes: int
+) -> dict[str, Any]:
+    """Measure one case in new processes; return a reason instead of figures if it fails."""
+    several = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)
+    start = several if processes > 1 else ()
+    call = [sys.executable, *start, __file__, "--case", model, str(prompt), checkpointing]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
     try:
         done = subprocess.run(
@@ -145,30 +162,33 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[32_768])
     parser.add_argument("--models", nargs="+", choices=CONFIGS, default=["one-head", "window"])
     parser.add_argument("--checkpointing", nargs="+", default=["off", "all"])
+    parser.add_argument("--processes", type=int, nargs="+", default=[1])
     parser.add_argument("--label", default="now", help="name of the code that is measured")
     parser.add_argument("--limit", type=float, default=400, help="seconds for a case")
     parser.add_argument("--case", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.case:
         model, prompt, checkpointing = given.case
-        print(json.dumps(one_case(model, int(prompt), checkpointing)))
+        figures = one_case(model, int(prompt), checkpointing)
+        if join_processes().is_first:
+            print(json.dumps(figures), flush=True)
         return
-    for model in given.models:
-        for prompt in given.tokens:
-            for checkpointing in given.checkpointing:
-                row = {
-                    "date": date.today().isoformat(),
-                    "torch": torch.__version__,
-                    "label": given.label,
-                    "load": os.getloadavg()[0],
-                    "model": model,
-                    "prompt": prompt,
-                    "checkpointing": checkpointing,
-                }
-                row |= run_case(model, prompt, checkpointing, given.limit)
-                print(json.dumps(row), flush=True)
-                with RESULTS.open("a") as file:
-                    print(json.dumps(row), file=file)
+    cases = product(given.models, given.tokens, given.checkpointing, given.processes)
+    for model, prompt, checkpointing, processes in cases:
+        row = {
+            "date": date.today().isoformat(),
+            "torch": torch.__version__,
+            "label": given.label,
+            "load": os.getloadavg()[0],
+            "model": model,
+            "prompt": prompt,
+            "checkpointing": checkpointing,
+            "processes": processes,
+        }
+        row |= run_case(model, prompt, checkpointing, given.limit, processes)
+        print(json.dumps(row), flush=True)
+        with RESULTS.open("a") as file:
+            print(json.dumps(row), file=file)
 
 
 if __name__ == "__main__":

@@ -496,6 +496,15 @@ class Machine(Settings):
             rich_help_panel=options.MACHINE,
         ),
     ] = Parallel.AUTO
+    context_parallel_size: Annotated[
+        int,
+        typer.Option(
+            help="Processes that compute each micro-batch together, each with a part of every "
+            "prompt, for prompts that do not fit on one GPU.",
+            min=1,
+            rich_help_panel=options.MACHINE,
+        ),
+    ] = 1
     async_save: Annotated[
         bool | None,
         typer.Option(

@@ -395,6 +395,7 @@ def choose_checkpointing(
     *,
     free: float | None = None,
     gradient_shards: int = 1,
+    per_prompt: int = 1,
 ) -> Choice:
     """Choose how many layers a run checkpoints, as `config.activation_checkpointing` requests.
 
@@ -406,6 +407,7 @@ def choose_checkpointing(
         states: Bytes that the optimizer state will take on that device.
         free: As in `checkpointing_for_memory`.
         gradient_shards: As in `checkpointing_for_memory`.
+        per_prompt: Number of processes that compute a micro-batch together.
 
     Raises:
         ConfigError: The settings need transformers' own decoder layers and the model has none.
@@ -421,7 +423,8 @@ def choose_checkpointing(
     if wanted != "auto":
         return Choice(layers if wanted == "all" else 0)
     layout = "shared" if layout == "tree" else layout
-    groups = GroupQueue(store, np.arange(len(store)), layout).take(training_budget(config))
+    queue = GroupQueue(store, np.arange(len(store)), layout)
+    groups = queue.take(training_budget(config) * per_prompt)
     groups = groups[: config.batch_size]
     tokens = lay_out(store, groups, layout).input_ids.size
 
@@ -432,7 +435,7 @@ def choose_checkpointing(
         with autocast(precision_of(config), device):
             return differentiable_values(policy, batch)
 
-    estimate = memory.kept_bytes(config.model, precision_of(config)) * tokens
+    estimate = memory.kept_bytes(config.model, precision_of(config)) * tokens / per_prompt
     added_up = len(groups) < min(config.batch_size, len(store))
     return checkpointing_for_memory(
         policy,

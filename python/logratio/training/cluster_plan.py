@@ -94,6 +94,11 @@ def _settings(config: TrainConfig, *, on_cpu: bool) -> TrainConfig:
             "precision fp32: the figures of GPUs are those of bfloat16; plan with bf16 or "
             "bf16-weights"
         )
+    if config.context_parallel_size > 1:
+        raise ConfigError(
+            "context_parallel_size: --world-size has no forecast of prompts that several GPUs "
+            "compute together"
+        )
     config = replace(
         config,
         device="cpu" if on_cpu else "meta",  # any device that this machine has

@@ -236,6 +236,9 @@ class TrainConfig(YamlSettings):
             each a shard of every weight (FSDP2); "hsdp", sharded within each host and replicated
             across hosts; "auto", "ddp" if weights, gradients and optimizer state fit. Leaves the
             result unchanged but for rounding.
+        context_parallel_size: Number of processes that compute each micro-batch together, each
+            with a part of every prompt, for prompts that do not fit on one GPU. It divides the
+            number of processes. Leaves the result unchanged but for rounding.
         async_save: Write the checkpoints of a sharded model while the run goes on, from a copy in
             host memory. None: on GPUs.
         stall_timeout: End the process, with the stacks of its threads, if it has finished no
@@ -312,6 +315,7 @@ class TrainConfig(YamlSettings):
     resume: bool = False
     overwrite: bool = False
     parallel: Parallel = "auto"
+    context_parallel_size: Count = 1
     async_save: bool | None = None
     stall_timeout: AtLeast0 | None = None
     device: str | None = None

@@ -551,8 +551,8 @@ def sums_over(
     own = Feed(
         store,
         _feed_settings(store, token_budget, layout, device),
-        rank=processes.rank,
-        world_size=processes.count,
+        rank=processes.data_rank,
+        world_size=processes.data_count,
         allocate=buffers_for(device),
     )
     for most, found in updates_of(own, processes, 0, own.updates_per_epoch):
@@ -566,7 +566,7 @@ def sums_over(
             shortest = np.array([store.shared_lengths().argmin()])
             sums_of(to_torch(lay_out(store, shortest, layout, **shape_for(layout, device)), device))
             advance(0)
-    whole: np.ndarray = processes.total(torch.from_numpy(sums)).numpy()
+    whole: np.ndarray = processes.total_of_data(torch.from_numpy(sums)).numpy()
     return whole
 
 

@@ -312,7 +312,7 @@ class HeldOut:
         return self._with_samples(result, updater) if self.config.eval_samples else result
 
     def _sums(self, updater: Updater, of: Callable[[Batch], Tensor]) -> np.ndarray:
-        budget = training_budget(self.config)
+        budget = training_budget(self.config) * updater.processes.per_prompt
         return sums_over(
             self.store,
             of,

@@ -105,7 +105,7 @@ def training_forecast(config: TrainConfig, store: Store, held_out: Store | None 
     frozen = (config.reference or config.model) if kind == "frozen" else None
     lengths = store.shared_lengths()
     tokens = float(lengths.mean()) * RunLength.of(config, len(store)).groups
-    longest = int(lengths.max())
+    longest = -(-int(lengths.max()) // config.context_parallel_size)
     at_once = min(max(training_budget(config), longest), config.batch_size * longest)
     twice = config.activation_checkpointing == "all"
     precision = precision_of(config)

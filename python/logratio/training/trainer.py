@@ -39,6 +39,7 @@ from logratio.training.models import (
 )
 from logratio.training.moving_reference import MovingReference
 from logratio.training.parallel.agreement import refuse_differences, refuse_separate_outputs
+from logratio.training.parallel.context import split_prompts
 from logratio.training.parallel.division import SHARDED
 from logratio.training.parallel.lifeline import ending_together
 from logratio.training.parallel.placement import Placement
@@ -174,6 +175,7 @@ class DPOTrainer(UpdateLoop, TransformersMethods):
         with self._together(), ExitStack() as unlocking:
             ask_for_expandable_segments(config.device)
             check_settings(config)
+            self.processes.divide_prompts(config.context_parallel_size)
             check_metric(config)
             config = with_local_models(config)
             check_folders(config)
@@ -352,7 +354,8 @@ class DPOTrainer(UpdateLoop, TransformersMethods):
         with autocast(precision_of(self.config), self.device), side_effect_free(policy):
             layout = self.choose_layout(policy, reference)
         self.begin(policy, reference, layout, strategy, placement.load)
-        result = self.run_updates()
+        with split_prompts(self.updater):
+            result = self.run_updates()
         self._enter("while the model was saved", patient=True)
         with self.guard.watching():
             with interrupts():  # a signal must not prevent saving the trained model

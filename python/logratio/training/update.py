@@ -144,7 +144,7 @@ class Updater:
         scalars = {"grad_norm": norm}
         if self.router:
             scalars["aux_loss"] = self.processes.total(self.router.value())
-        values, count = averages(columns, self.processes.total, **scalars)
+        values, count = averages(columns, self.processes.total_of_data, **scalars)
         values |= {"lr": rate}
         if not all(map(math.isfinite, values.values())):
             raise NonFiniteError(self._describe_nonfinite(step, values, groups))
@@ -353,9 +353,10 @@ class Updater:
             for _ in range(len(own), self.processes.highest(len(own))):
                 self._policy_sum(self._smallest)  # if the model is sharded, others need this pass
         found = [int(one) for one, value in zip(own, sums, strict=True) if not math.isfinite(value)]
+        found = found if self.processes.leads_share else []
         everyone = self.processes.share(source_names(self.store, found))
         names = [name for theirs in everyone for name in theirs]
-        groups = int(self.processes.total(torch.tensor(len(own))))
+        groups = int(self.processes.total_of_data(torch.tensor(len(own))))
         return not_finite(step, values, self._recent, _named(names, groups), self.config.lr)
 
     def _policy_sum(self, batch: Batch) -> float:

@@ -154,6 +154,7 @@ class UpdateLoop:
                 state / strategy.shards,
                 free=self._least_free(),
                 gradient_shards=strategy.gradient_shards,
+                per_prompt=self.processes.per_prompt,
             )
         if choice.reason:
             say(choice.reason)
@@ -335,8 +336,8 @@ class UpdateLoop:
             self.store,
             self._feed_settings,
             epochs=self.length.epochs,
-            rank=self.processes.rank,
-            world_size=self.processes.count,
+            rank=self.processes.data_rank,
+            world_size=self.processes.data_count,
             allocate=buffers_for(self.updater.device),
         )
         feed.start_after(start)
@@ -346,7 +347,7 @@ class UpdateLoop:
     def _feed_settings(self) -> FeedSettings:
         return FeedSettings(
             groups_per_update=self.config.batch_size,
-            token_budget=training_budget(self.config),
+            token_budget=training_budget(self.config) * self.processes.per_prompt,
             layout=self.updater.layout,
             seed=self.config.seed,
             weights=self.config.mix,
@@ -358,7 +359,7 @@ class UpdateLoop:
     @property
     def _attention_cost(self) -> float:
         """The cost of an attended pair of tokens in tokens, by which processes share an update."""
-        if self.processes.count == 1:
+        if self.processes.data_count == 1:
             return 0.0
         text = transformer(self.updater.policy).config.get_text_config()
         return 1 / (6 * int(text.hidden_size))

@@ -30,6 +30,7 @@ def check_settings(config: TrainConfig) -> None:
     _check_evaluation(config)
     _check_memory(config)
     _check_reward_model(config)
+    _check_context_parallel(config)
     trackers_of(config.report_to)
 
 
@@ -77,6 +78,22 @@ def _check_options(config: TrainConfig) -> None:
         raise ConfigError("--precompute fills a cache: give its folder as --cache")
     if not needs_reference(config) and (config.cache or config.reference):
         raise ConfigError(f"--loss {config.loss} has no reference; remove --cache and --reference")
+
+
+def _check_context_parallel(config: TrainConfig) -> None:
+    """Refuse what is not computed for a prompt that several processes share."""
+    if config.context_parallel_size == 1:
+        return
+    objective = Objective.of(config)
+    of_whole = objective.needs_confidences or objective.needs_divergences
+    reasons = {
+        f"--loss {config.loss}, which takes whole distributions of tokens": of_whole,
+        f"--loss {config.loss}, which trains a reward model": objective.scores,
+        "--share-beginnings": config.share_beginnings,
+        "--compile": config.compile_layers != "off",
+    }
+    if found := [what for what, has in reasons.items() if has]:
+        raise ConfigError(f"--context-parallel-size does not support {found[0]}")
 
 
 def _check_moving_reference(config: TrainConfig) -> None:

@@ -29,7 +29,7 @@ class Unwatched:
     """
 
     def __init__(self, processes: Processes) -> None:
-        self._total, self._count = processes.total, Count()
+        self._total, self._count = processes.total_of_data, Count()
 
     def counted(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         """Begin an update: yield its micro-batches, and count their tokens."""
@@ -69,7 +69,7 @@ class Watch(Unwatched):
         device = next(state.policy.parameters()).device
         peak = peak_flops(device, config.device, precision_of(config))
         peak *= processes.count
-        self._speed = Speedometer(Work.of(state.policy), peak, device, processes.total)
+        self._speed = Speedometer(Work.of(state.policy), peak, device, processes.total_of_data)
         wants_events = "tensorboard" in trackers_of(config.report_to)
         self._log = MetricsLog(output, state.step, tensorboard=wants_events)
         self._reporters = reporters_of(config, resolved_settings(config))

@@ -204,7 +204,7 @@ class UpdateStatistics:
             own: The micro-batches of this process.
             processes: The processes of the run; all call this together.
         """
-        shared = processes.share([_plain(own)] if own else [])
+        shared = processes.share([_plain(own)] if own and processes.leads_share else [])
         every = [part for theirs in shared for part in theirs]
         groups, rows = _in_order(every, has_reference=objective.needs_reference)
         return cls(objective.statistics(groups, trains=True), Places.of(rows), own)

@@ -39,6 +39,7 @@ class Processes:
         local_rank: Index of this process on its host.
         host: Index of its host.
         hosts: Number of hosts.
+        per_prompt: Number of processes that have the same data, each with a part of its tokens.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Processes:
     ) -> None:
         self.rank, self.count, self.local_rank = rank, count, local_rank
         self.host, self.hosts = host, hosts
+        self.per_prompt = 1
         self.lifeline: Lifeline | None = None
         self._store: Any = None
         self._asked = 0
@@ -67,6 +69,34 @@ class Processes:
     def per_host(self) -> int:
         """Number of processes of a host."""
         return self.count // self.hosts
+
+    def divide_prompts(self, size: int) -> None:
+        """Let `size` processes with neighbouring ranks have the same data.
+
+        Raises:
+            ConfigError: The number of processes is not a multiple of `size`.
+        """
+        if self.count % size:
+            raise ConfigError(
+                f"--context-parallel-size {size} does not divide the number of processes that "
+                f"torchrun started, {self.count}"
+            )
+        self.per_prompt = size
+
+    @property
+    def data_rank(self) -> int:
+        """Index of this process's share of the data, from 0."""
+        return self.rank // self.per_prompt
+
+    @property
+    def data_count(self) -> int:
+        """Number of shares of the data."""
+        return self.count // self.per_prompt
+
+    @property
+    def leads_share(self) -> bool:
+        """Whether this is the process that counts among those with the same share of the data."""
+        return self.rank % self.per_prompt == 0
 
     def connect(self, store: Any, *, is_guest: bool = False) -> None:
         """Use torch's key-value `store`, and begin to watch the other processes.
@@ -179,6 +209,10 @@ class Processes:
         if self.count > 1:
             dist.all_reduce(values, group=self._group_of(values))
         return values
+
+    def total_of_data(self, values: Tensor) -> Tensor:
+        """Return the sum of `values` over all shares of the data; the same bits in each process."""
+        return self.total(values if self.leads_share else torch.zeros_like(values))
 
     def most(self, values: Tensor) -> Tensor:
         """Return the largest of `values` over all processes, element by element."""

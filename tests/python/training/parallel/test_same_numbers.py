@@ -1,17 +1,15 @@
 """One process, two and three train the same weights, replicated and sharded, in float64."""
 
-import json
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import write_pairs
 from method_groups import write_answers, write_lists
 from rank_server import RankServer
-from safetensors.torch import load_file
+from run_numbers import gap, numbers
 from tiny_models import WORDS, tiny, word_tokenizer
 from transformers import LlamaConfig, MixtralConfig
 
@@ -122,20 +120,3 @@ def test_gradients_may_be_summed_after_each_micro_batch(trained: Train, case: st
 
 def test_hosts_add_their_shards_of_gradients_once_an_update(trained: Train) -> None:
     assert gap(trained("few groups", 1, ""), trained("few groups", 4, "hsdp", 2, False)) < EXACT
-
-
-def gap(one: Path, other: Path) -> float:
-    """Return the largest difference of two runs' weights."""
-    left, right = (load_file(next(path.glob("*model.safetensors"))) for path in (one, other))
-    assert left.keys() == right.keys()
-    assert all(value.dtype == torch.float64 for value in left.values())
-    return max(float((left[name] - right[name]).abs().max()) for name in left)
-
-
-def numbers(folder: Path) -> list[float]:
-    """Return all numbers of a run's metrics and evaluations."""
-    texts = [(folder / name).read_text() for name in ("metrics.jsonl", "evaluations.jsonl")]
-    rows = [json.loads(line) for text in texts for line in text.splitlines()]
-    found = [value for row in rows for value in row.values() if isinstance(value, int | float)]
-    assert len(found) > 20
-    return found
