@@ -65,6 +65,14 @@ def cluster() -> Iterator[Any]:
     ray.shutdown()
 
 
+@pytest.fixture(autouse=True)
+def _own_handler() -> Iterator[None]:
+    """Restore the handler of SIGINT, which Ray Train replaces and keeps after a run."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def folder(make_model: Callable[..., Path], tmp_path: Path) -> Path:
     """A shared folder with a model and data, and the policy that one process trains."""
