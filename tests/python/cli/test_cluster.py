@@ -112,6 +112,7 @@ def test_json_has_all_figures(run: Run, bare: Path, store: Path, tmp_path: Path)
         (("--world-size", "16"), "Give a batch_size of 16 or more, or plan fewer GPUs"),
         (("--world-size", "8", "--precision", "fp32"), "plan with bf16 or bf16-weights"),
         (("--world-size", "8", "--quantization", "4bit"), "quantized weights cannot be trained"),
+        (("--world-size", "8", "--context-parallel-size", "2"), "has no forecast of prompts"),
         (("--world-size", "8", "--loss", "sft", "--cache", "c"), "loss sft has no reference"),
     ],
 )
