@@ -156,7 +156,7 @@ class Division:
         """
         owners = [self.chunks(rank) for rank in range(self.ranks)]
         width = max(sum(run.length for run in runs) for runs in owners)
-        prompts, found = list(accumulate(self.prompts, initial=0)), np.zeros(0, np.int64)
+        prompts = list(accumulate(self.prompts, initial=0))
         found = np.empty(prompts[-1], np.int64)
         for rank, runs in enumerate(owners):
             at = rank * width
