@@ -42,8 +42,11 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     ANSWERS: {"loss": "kto", "eval_share": 0.3, "eval_every": 2},
     LISTS: {"loss": "lipo"},
 }
+BY_LOSS = ("simpo", "bco", "beta-dpo", "aot-unpaired", "wpo", "ld-dpo", ANSWERS, LISTS)
+"""Cases that differ from others by their loss only, which does not know how a model is divided."""
 WAYS = {
     **{case: [(2, "ddp"), (3, "fsdp")] for case in CASES},
+    **{case: [(2, "ddp") if n % 2 else (3, "fsdp")] for n, case in enumerate(BY_LOSS)},
     "dpo": [(2, "ddp"), (3, "ddp"), (2, "fsdp"), (3, "fsdp")],
 }
 
