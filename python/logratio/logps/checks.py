@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
+from transformers import PreTrainedConfig
 
 from logratio.errors import LogratioError
 from logratio.logps.attention.interface import SharedPromptError
@@ -199,6 +200,22 @@ def check_tree(model: nn.Module) -> str | None:
     return None
 
 
+def unsplit_by_config(config: PreTrainedConfig) -> str | None:
+    """Return what a model has that does not allow to split its prompts, or None.
+
+    Args:
+        config: The model's config.
+    """
+    text = config.get_text_config()
+    if limits := limits_of(config):
+        return f"{limits[0].what}, which depends on the length of the whole sequence"
+    layers = getattr(text, "layer_types", None)
+    has_window = getattr(text, "use_sliding_window", True) and getattr(text, "sliding_window", None)
+    if "sliding_attention" in layers if layers else has_window:
+        return "a sliding window"
+    return "soft-capped scores" if getattr(text, "attn_logit_softcapping", None) else None
+
+
 @torch.no_grad()
 def split_refusal(model: nn.Module, ranks: ContextRanks) -> str | None:
     """Check that a row that `ranks` compute together has the log-probs of a whole one.
@@ -211,8 +228,8 @@ def split_refusal(model: nn.Module, ranks: ContextRanks) -> str | None:
         The reason why rows of the model must not be split, or None.
     """
     inner = transformer(model)
-    if limits := limits_of(inner.config):
-        return f"{limits[0].what} of {_name(model)} depends on the length of a whole sequence"
+    if reason := unsplit_by_config(inner.config):
+        return f"{_name(model)} has {reason}"
     if Head.of(inner) is None:
         return f"the head of {_name(model)} is more than a matrix"
     groups = [group for seed in range(3) for group in _probe(model, seed)]

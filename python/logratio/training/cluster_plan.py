@@ -96,8 +96,8 @@ def _settings(config: TrainConfig, *, on_cpu: bool) -> TrainConfig:
         )
     if config.context_parallel_size > 1:
         raise ConfigError(
-            "context_parallel_size: --world-size has no forecast of prompts that several GPUs "
-            "compute together"
+            "--world-size has no forecast of prompts that several GPUs compute together: leave "
+            "out --context-parallel-size"
         )
     config = replace(
         config,

@@ -167,8 +167,8 @@ def _shape(
     outside = [p for p in model.parameters() if id(p) not in inside]
     inner = transformer(model)
     text = inner.config.get_text_config()
-    heads = text.num_attention_heads
-    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
+    heads = getattr(text, "num_attention_heads", 0)  # none in Mamba
+    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // max(1, heads))
     root = how.unit(outside, _matrices(inner.get_output_embeddings()))
     return ModelShape(
         layers=tuple(how.unit(layer.parameters(), _matrices(layer)) for layer in layers),

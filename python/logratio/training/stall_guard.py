@@ -96,6 +96,12 @@ class StallGuard:
                 end_process(f"{self._phase}, nothing moved for {waited:,.0f} s")
 
 
+def _own_rank() -> str:
+    """Name this process if there are several; another one may be the cause."""
+    rank = os.environ.get("RANK")
+    return f" (rank {rank} waited, perhaps for another one)" if rank else ""
+
+
 def end_process(reason: str) -> NoReturn:
     """Print the reason and the stacks of all threads, and end the process at once.
 
@@ -109,9 +115,9 @@ def end_process(reason: str) -> NoReturn:
 
 def _print_stacks(reason: str) -> None:
     say(
-        f"error: {reason}: the run is stuck, and ends. The stacks of all threads follow; the "
-        "longest is usually the main one. --resume continues from the last checkpoint; "
-        "--stall-timeout changes the time",
+        f"error: {reason}: the run is stuck, and ends{_own_rank()}. The stacks of all threads "
+        "follow; the longest is usually the main one. --resume continues from the last checkpoint, "
+        "if there is one; --stall-timeout changes the time",
         urgent=True,
     )
     faulthandler.dump_traceback(2)

@@ -279,7 +279,10 @@ class DPOTrainer(UpdateLoop, TransformersMethods):
     def forecast(self) -> Forecast:
         """Memory, disk space and time of the run, including the precompute pass if requested."""
         run = training_forecast(self.config, self.store, self._data.held_out)
-        if self.config.parallel != "auto" or self.processes.count > 1:
+        if self.config.context_parallel_size > 1:
+            run = replace(run, notes=f"{run.notes}; memory of one process, time of one that trains "
+                          "alone")  # fmt: skip
+        elif self.config.parallel != "auto" or self.processes.count > 1:
             alone = (
                 "figures of one process that trains alone (--dry-run --world-size N: of several)"
             )

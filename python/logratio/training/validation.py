@@ -5,11 +5,18 @@ from pathlib import Path
 from logratio.errors import ConfigError
 from logratio.extras import require
 from logratio.forecast import check_writable
+from logratio.logps.checks import unsplit_by_config
 from logratio.training.config import TrainConfig
 from logratio.training.given_model import given_model
 from logratio.training.lora import check_adapters
 from logratio.training.methods.objective import Objective, check_own_losses
-from logratio.training.models import check_model_folder, check_reward_folder, default_device
+from logratio.training.models import (
+    architecture,
+    base_folder,
+    check_model_folder,
+    check_reward_folder,
+    default_device,
+)
 from logratio.training.router_loss import router_coefficient
 from logratio.training.trackers import trackers_of
 
@@ -51,6 +58,7 @@ def check_folders(config: TrainConfig) -> None:
         raise ConfigError(
             f"--loss {config.loss} has no router's loss: set --router-aux-loss-coef 0"
         )
+    _check_splitting(config)
     check_adapters(config)
     check_writable(Path(config.output))
 
@@ -93,7 +101,24 @@ def _check_context_parallel(config: TrainConfig) -> None:
         "--compile": config.compile_layers != "off",
     }
     if found := [what for what, has in reasons.items() if has]:
-        raise ConfigError(f"--context-parallel-size does not support {found[0]}")
+        raise ConfigError(f"--context-parallel-size does not support {found[0]}: leave one out")
+
+
+def _check_splitting(config: TrainConfig) -> None:
+    """Refuse models whose config says that their prompts cannot be split."""
+    if config.context_parallel_size == 1 or given_model(config.model):
+        return
+    if router_coefficient(config):
+        raise ConfigError(
+            "--context-parallel-size: the loss of routers counts the tokens of whole sequences: "
+            "set --router-aux-loss-coef 0"
+        )
+    for folder in {config.model, config.reference or config.model}:
+        if reason := unsplit_by_config(architecture(base_folder(Path(folder)))):
+            raise ConfigError(
+                f"--context-parallel-size: {folder} has {reason}, and its prompts are not split. "
+                "--activation-checkpointing all saves memory in each process"
+            )
 
 
 def _check_moving_reference(config: TrainConfig) -> None:

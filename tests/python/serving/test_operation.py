@@ -30,7 +30,7 @@ from logratio.serving import Reranker
 from logratio.serving.candidates import CandidateGroup
 from logratio.serving.config import ServeConfig
 from logratio.serving.keys import VARIABLE
-from logratio.serving.limits import Limits
+from logratio.serving.limits import ERRORS, Limits
 from logratio.serving.runs import Run
 from logratio.serving.scores import Sums
 from logratio.serving.server import create_app, make_server, within_open_files
@@ -88,6 +88,13 @@ def test_the_table_of_settings_is_complete() -> None:
         cell = "" if value is MISSING else f"{value:g}" if is_number else f"{value or ''}"
         expected[f"`--{field.name.replace('_', '-')}`"] = cell
     assert shown == expected
+
+
+def test_the_table_of_errors_is_complete() -> None:
+    page = (ROOT / "python/docs/operating.md").read_text()
+    for status, codes in ERRORS.items():
+        for code, meaning in codes.items():
+            assert f"\n| {status} | `{code}` | {meaning} |\n" in page
 
 
 def test_flags_override_variables_and_variables_override_the_file(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from recipe_models import ARCHITECTURES, write_headers
+from small_configs import small_config
 
 from logratio.errors import ConfigError
 from logratio.training import LoraSettings, TrainConfig, load_model, memory
@@ -130,3 +131,11 @@ def test_quantized_checkpoints_are_refused(tmp_path: Path) -> None:
 def test_attention_counts_two_products_per_pair_of_tokens(folders: Mapping[str, Path]) -> None:
     shape: ModelShape = policy_shape(settings(folders["llama-3.1-8b"]))
     assert shape.attention == 2 * 2 * 4096
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", "falcon_mamba"])
+def test_a_model_without_heads_has_no_attention(kind: str, tmp_path: Path) -> None:
+    small_config(kind).save_pretrained(tmp_path)
+    shape = policy_shape(settings(tmp_path, "fp32"))
+    assert shape.attention == 0
+    assert shape.parameters > 0

@@ -53,7 +53,9 @@ class Placement:
         self.mode = division.mode
         if processes.count > 1 and processes.is_first:
             hosts = count(processes.hosts, "host")
-            say(f"{processes.count:,} processes on {hosts}: {self.mode}")
+            size = processes.per_prompt
+            split = f", {size:,} compute each prompt together" if size > 1 else ""
+            say(f"{processes.count:,} processes on {hosts}: {self.mode}{split}")
             if division.why:
                 say(division.why)
 

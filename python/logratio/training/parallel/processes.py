@@ -77,9 +77,14 @@ class Processes:
             ConfigError: The number of processes is not a multiple of `size`.
         """
         if self.count % size:
+            remedy = (
+                f"start it with torchrun --nproc-per-node {size}"
+                if self.count == 1
+                else "start a multiple of it"
+            )
             raise ConfigError(
-                f"--context-parallel-size {size} does not divide the number of processes that "
-                f"torchrun started, {self.count}"
+                f"--context-parallel-size {size} does not divide the number of processes, which is "
+                f"{self.count}: {remedy}"
             )
         self.per_prompt = size
 

@@ -113,14 +113,14 @@ def test_a_model_whose_prompts_cannot_be_split_is_refused_with_the_reason(
         ended.well()
         return
     assert all(ended.codes)
-    assert any("--context-parallel-size is not possible" in text for text in ended.printed)
+    assert any("its prompts are not split" in text for text in ended.printed)
     assert any(reason in text for text in ended.printed)
 
 
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({}, "size 2 does not divide the number of processes that torchrun started, 1"),
+        ({}, "size 2 does not divide the number of processes, which is 1: start it with torchrun"),
         ({"share_beginnings": True}, "does not support share_beginnings"),
         ({"compile_layers": "on"}, "does not support compile_layers"),
         ({"loss": "bradley-terry"}, "which trains a reward model"),
