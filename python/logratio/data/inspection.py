@@ -152,7 +152,7 @@ def _tokens(
     for place in places:
         is_gap = before >= 0 and place != before + 1
         if chunk and (is_gap or mask[place] != mask[before]):
-            yield Segment(_BETWEEN.join(chunk), "counts" if mask[before] else "dim")
+            yield from _joined(chunk, mask[before])
             chunk = []
             gap = f" … {place - before - 1:,} tokens … " if is_gap else _BETWEEN
             yield Segment(gap)
@@ -160,8 +160,15 @@ def _tokens(
         chunk.append(_controls(_token(previous, ids[place], decode)))
         before = place
     if chunk:
-        yield Segment(_BETWEEN.join(chunk), "counts" if mask[before] else "dim")
+        yield from _joined(chunk, mask[before])
     yield Segment("\n")
+
+
+def _joined(tokens: Sequence[str], weight: float) -> Iterator[Segment]:
+    """Show adjacent tokens of one weight, which is in front of them if it is not 0 or 1."""
+    if weight not in (0, 1):
+        yield Segment(f"×{weight:g} ".replace("-", "−"), "dim")
+    yield Segment(_BETWEEN.join(tokens), "counts" if weight else "dim")
 
 
 def _token(previous: Sequence[int], token: int, decode: Callable[[Sequence[int]], str]) -> str:

@@ -87,6 +87,14 @@ def test_weights_of_turns_are_counted_and_what_sft_does_with_them(
         ) in shown
     assert ", with the weights −1, 1\n" in shown
     assert ", with the weights 2\n" in shown
+    assert "×−1 ‹" in shown
+    assert "×1 ‹" not in shown
+    alone = inspect(
+        [
+            write([graded(-2)]),
+        ]
+    ).to_text()
+    assert "2 in 2 completions, −2 … 2; below 0: 1 in 1" in alone
 
 
 def test_sft_trains_on_weights_above_0_and_on_pairs_with_a_bad_rejected_answer(

@@ -75,7 +75,7 @@ class Finding:
         return f"[{self.code}] {CODES[self.code]}: {self.text}"
 
 
-def length_finding(bias: LengthBias | None) -> list[Finding]:
+def length_finding(bias: LengthBias | None, weights: WeightCounts | None = None) -> list[Finding]:
     """Warn if length alone predicts which answer is chosen (W508)."""
     if bias is None or bias.strength is None:
         return []
@@ -89,7 +89,9 @@ def length_finding(bias: LengthBias | None) -> list[Finding]:
         )
     else:
         found = f"{rule}, a {bias.strength} effect"
-    text = f"{found}. Compare the policy's accuracy with it, or use a loss that divides by length"
+    text = f"{found}. Compare the policy's accuracy with it"
+    if not (weights and weights.bad):  # such losses are not defined for turns below 0
+        text += ", or use a loss that divides by length"
     return [Finding("W508", text)]
 
 
@@ -489,7 +491,7 @@ def analyse(
         similar,
         (
             *label_finding(labels, weights),
-            *length_finding(bias),
+            *length_finding(bias, weights),
             *noise_finding(flips),
             *similarity_finding(similar, columns.groups),
             *cut_finding(cut, store.completions),

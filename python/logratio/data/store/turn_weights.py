@@ -217,7 +217,8 @@ class WeightCounts:
     def __str__(self) -> str:
         what = "turns" if self.unit == "turn" else "tokens of turns"
         bad = f"below 0: {self.bad:,} in {self.bad_completions:,}" if self.bad else "none below 0"
-        extent = f"{self.least:g} … {self.largest:g}".replace("-", "−")
+        ends = dict.fromkeys((self.least, self.largest))
+        extent = " … ".join(f"{end:g}" for end in ends).replace("-", "−")
         return (
             f"{what} with a weight other than 0 and 1: {self.weighted:,} in "
             f"{count(self.completions, 'completion')}, {extent}; {bad}"

@@ -32,6 +32,7 @@ from logratio.data.analysis.statistics import (
 )
 from logratio.data.analysis.token_use import BUDGET, UPDATE, padding, sharing
 from logratio.data.store.row_report import DataReport
+from logratio.data.store.turn_weights import WeightCounts
 
 CHOSEN, REJECTED, CANDIDATE, DEMONSTRATION = range(4)
 
@@ -432,6 +433,10 @@ def test_the_warning_names_the_effect_that_is_large() -> None:
         assert (
             f"“the longer wins” is right for {100 * bias.superiority:.1f} %, a large" in found.text
         )
+    bad = WeightCounts.of("turn", np.array([-2.0, -2.0]), np.array([0, 1]))
+    assert str(bad).endswith("2 in 2 completions, −2; below 0: 2 in 2")
+    (found,) = length_finding(one_longer(*[1] * 40), bad)
+    assert "divides by length" not in found.text, "such losses refuse turns below 0"
     (found,) = length_finding(one_longer(*[-1] * 40))
     assert "“the shorter wins” is right for 100.0 %" in found.text
     assert not length_finding(one_longer(*[0] * 40))
