@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -36,12 +37,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _unchanged_signal_handlers() -> Iterator[None]:
     """Fail a test that leaves a signal handler, which would end later tests of the same worker."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = _signal_handlers()
     yield
-    after = {number: signal.getsignal(number) for number in before}
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    after = _signal_handlers()
+    _set_signal_handlers(before)
     assert after == before
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _signal_handlers_of_a_module() -> Iterator[None]:
+    """Restore the handlers that fixtures of a module replace: Ray's `init` does."""
+    before = _signal_handlers()
+    yield
+    _set_signal_handlers(before)
+
+
+def _signal_handlers() -> dict[int, Any]:
+    return {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+
+def _set_signal_handlers(wanted: dict[int, Any]) -> None:
+    for number, handler in wanted.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,8 @@ import logging
 import os
 import secrets
 import shutil
+import signal
+import threading
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -210,6 +212,13 @@ def _places(config: PrecomputeConfig, ray: Any) -> Placement:
 @contextmanager
 def cluster() -> Iterator[Any]:
     """Connect to a running cluster (RAY_ADDRESS, or on this machine), or start a local one."""
+    with _own_signal_handlers(), _connected() as ray:
+        yield ray
+
+
+@contextmanager
+def _connected() -> Iterator[Any]:
+    """Yield Ray, connected; shut it down if it was not."""
     # Ray reads these on import. The second keeps CUDA_VISIBLE_DEVICES: actors are given a device.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -223,6 +232,22 @@ def cluster() -> Iterator[Any]:
     finally:
         if ours:
             ray.shutdown()
+
+
+@contextmanager
+def _own_signal_handlers() -> Iterator[None]:
+    """Restore the handlers of signals after the block: Ray and its libraries keep theirs.
+
+    Ray Tune's would ignore the first Ctrl-C of whatever follows.
+    """
+    numbers = signal.SIGINT, signal.SIGTERM
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 @contextmanager
