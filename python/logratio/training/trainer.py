@@ -175,7 +175,8 @@ class DPOTrainer(UpdateLoop, TransformersMethods):
         with self._together(), ExitStack() as unlocking:
             ask_for_expandable_segments(config.device)
             check_settings(config)
-            self.processes.divide_prompts(config.context_parallel_size)
+            forecasts_only = dry_run and self.processes.count == 1
+            self.processes.divide_prompts(1 if forecasts_only else config.context_parallel_size)
             check_metric(config)
             config = with_local_models(config)
             check_folders(config)

@@ -15,6 +15,7 @@ from tiny_models import FAMILIES, WORDS, tiny, word_tokenizer
 
 from logratio import DPOTrainer
 from logratio.errors import ConfigError
+from logratio.forecast import Forecast
 from logratio.training.parallel.processes import Processes
 
 TRAIN = "rank_workers:train_in_float64"
@@ -134,6 +135,20 @@ def test_a_setting_that_does_not_fit_is_refused(
         DPOTrainer(
             tiny_model, pairs_file, output=tmp_path / "out", context_parallel_size=2, **settings
         )
+
+
+def test_one_process_forecasts_the_memory_of_each_of_several(
+    tiny_model: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    def forecast(size: int) -> Forecast:
+        settings = {"token_budget": 1, "context_parallel_size": size}
+        output = tmp_path / "out"
+        return DPOTrainer(tiny_model, pairs_file, output=output, dry_run=True, **settings).forecast
+
+    alone, several = forecast(1), forecast(4)
+    assert several.memory_bytes < alone.memory_bytes
+    assert several.seconds == pytest.approx(alone.seconds)
+    assert "memory of one process, time of one that trains alone" in several.notes
 
 
 def test_processes_with_the_same_data_count_once() -> None:
