@@ -141,7 +141,7 @@ def test_one_process_forecasts_the_memory_of_each_of_several(
     tiny_model: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
     def forecast(size: int) -> Forecast:
-        settings = {"token_budget": 1, "context_parallel_size": size}
+        settings: dict[str, Any] = {"token_budget": 1, "context_parallel_size": size}
         output = tmp_path / "out"
         return DPOTrainer(tiny_model, pairs_file, output=output, dry_run=True, **settings).forecast
 
