@@ -97,7 +97,7 @@ def test_build_shows_weights_of_turns(tmp_path: Path, capsys: pytest.CaptureFixt
     assert not ended.value.code
     shown = capsys.readouterr().out
     assert "tokens of turns with a weight other than 0 and 1: " in shown
-    assert "in 1 completion, −1 … −1; below 0: " in shown
+    assert "in 1 completion, −1; below 0: " in shown
 
 
 def test_a_store_of_an_older_version_names_both_versions_and_the_remedy(
