@@ -104,15 +104,15 @@ class _Split(torch.autograd.Function):
         keys, values = _gathered(batch, key, value)
         # Sums over calls and processes are float32: bfloat16 would round each of them.
         wide = torch.promote_types(key.dtype, torch.float32)
-        theirs = [torch.zeros_like(one, dtype=wide) for one in (keys, values)]
+        theirs = key.new_zeros(len(keys), 2, *key.shape[1:], dtype=wide)
         for queries, seen, bounds in batch.on_prompts:
             given = query[queries], keys[seen], values[seen]
             whole = out[queries], lse[:, queries]
             parts = flash.backward(gradient[queries], given, *whole, bounds, False, scaling)
             totals[0][queries] += parts[0]
-            for total, part in zip(theirs, parts[1:], strict=True):
-                total[seen] += part
-        for total, part in zip(totals[1:], _scattered(batch, *theirs), strict=True):
+            for place, part in enumerate(parts[1:]):
+                theirs[seen, place] += part
+        for total, part in zip(totals[1:], _scattered(batch, theirs), strict=True):
             total[: batch.own] += part
         return *totals, None, None, None
 
@@ -128,9 +128,8 @@ def _gathered(batch: SplitBatch, key: Tensor, value: Tensor) -> tuple[Tensor, Te
     return keys, values
 
 
-def _scattered(batch: SplitBatch, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sums over processes of gradients of all prompts, for this process's tokens."""
-    gradients = torch.stack([keys, values], 1)
+def _scattered(batch: SplitBatch, gradients: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum gradients of all prompts, `[P, 2, Hk, D]`, over processes, for this process's tokens."""
     padded = gradients.new_zeros(batch.ranks.count * batch.width, *gradients.shape[1:])
     padded.index_copy_(0, batch.order, gradients)
     found = padded.new_empty(batch.width, *padded.shape[1:])
