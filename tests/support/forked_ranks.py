@@ -20,9 +20,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import preloaded  # noqa: F401 - children share it
 from signalled_commands import send
-
-from logratio.training import trainer  # noqa: F401 - children share the import
 
 
 def run(

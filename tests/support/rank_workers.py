@@ -80,8 +80,8 @@ def train_with_small_files(settings: Mapping[str, Any], rank: int, most: int) ->
 
 
 def train_impatiently(settings: Mapping[str, Any]) -> None:
-    """Train; a silent rank counts as dead after two seconds."""
-    lifeline.STALE, lifeline.GRACE = 2.0, 1.0
+    """Train; a silent rank counts as dead after four seconds."""
+    lifeline.STALE, lifeline.GRACE = 4.0, 1.0
     train(settings)
 
 

@@ -19,8 +19,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import preloaded  # noqa: F401 - children share it
+
 from logratio.cli.app import main
-from logratio.training import trainer  # noqa: F401 - children share the import
 
 
 def send(number: int, module: str, name: str, at: int, note: str) -> None:

@@ -102,7 +102,7 @@ def values(config: PrecomputeConfig, result: PrecomputeResult) -> np.ndarray:
 def test_the_same_numbers_as_in_one_process(
     cluster: Any, config: PrecomputeConfig, tmp_path: Path
 ) -> None:
-    """Bit for bit where the batches are the same; within rounding where each worker makes its."""
+    """Bit for bit: the batches are the same."""
     here = values(config, precompute(config, show_progress=False))
     same = on_ray(config, cache=tmp_path / "same")
     result = precompute(same, show_progress=False)
@@ -110,9 +110,6 @@ def test_the_same_numbers_as_in_one_process(
     assert result.nbytes > 4 * result.tokens
     assert np.array_equal(values(same, result), here)
     assert not list((tmp_path / "same").glob(".ray-*")), "the groups are left behind"
-    other = on_ray(config, cache=tmp_path / "other", token_budget=None)
-    found = values(other, precompute(other, show_progress=False))
-    assert np.abs(found - here).max() < 1e-5
     assert precompute(same, show_progress=False).new == 0
 
 
@@ -121,7 +118,10 @@ def test_the_same_numbers_as_in_one_process(
 def test_an_actor_that_dies_is_replaced(
     cluster: Any, config: PrecomputeConfig, tmp_path: Path
 ) -> None:
-    """Its replacement scores only completions that are not durable yet."""
+    """Its replacement scores only completions that are not durable yet.
+
+    Each worker makes its own batches here, so that the values agree within rounding.
+    """
     cache, killed, over = Path(config.cache), [], threading.Event()
 
     def kill_the_first() -> None:
@@ -135,7 +135,7 @@ def test_an_actor_that_dies_is_replaced(
 
     killer = threading.Thread(target=kill_the_first)
     killer.start()
-    result = precompute(on_ray(config, token_budget=20), show_progress=False)
+    result = precompute(on_ray(config, token_budget=None), show_progress=False)
     over.set()
     killer.join()
     assert killed
@@ -143,7 +143,7 @@ def test_an_actor_that_dies_is_replaced(
     assert reader.distinct() == 2 * PAIRS
     ready = prepare(config, show_progress=False)
     offsets, logps = reader.read(reader.join(ready.keys))
-    alone = replace(config, cache=tmp_path / "alone", token_budget=20)
+    alone = replace(config, cache=tmp_path / "alone")
     expected = values(alone, precompute(alone, show_progress=False))
     assert np.abs(logps - expected).max() < 1e-5
     assert [b - a for a, b in itertools.pairwise(offsets.tolist())] == (

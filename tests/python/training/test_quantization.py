@@ -1,4 +1,4 @@
-"""References and bases in 8 and 4 bits: the checks in `tests/support`, in separate processes.
+"""References and bases in 8 and 4 bits: the checks in `tests/support`, in a separate process.
 
 Wherever peft finds bitsandbytes it imports it, which takes as long as torch; so `make` installs it
 apart, in `.venv/quantized`, and only these tests look there.
@@ -13,17 +13,17 @@ from pathlib import Path
 import pytest
 
 SUPPORT = Path(__file__).parents[2] / "support"
+CHECKS = [str(SUPPORT / name) for name in ("quantization_checks.py", "qlora_checks.py")]
 APART = Path(sys.prefix, "quantized")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checks", ["quantization_checks.py", "qlora_checks.py"])
-def test_references_and_bases_in_few_bits(checks: str) -> None:
+def test_references_and_bases_in_few_bits() -> None:
     if not (APART.is_dir() or importlib.util.find_spec("bitsandbytes")):
         pytest.skip("bitsandbytes is not installed: pip install 'logratio[quantized]'")
     places = [str(APART), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(SUPPORT / checks)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *CHECKS],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, places))},
         capture_output=True,
         text=True,

@@ -65,6 +65,7 @@ class Lifeline(Thread):
         super().__init__(name="logratio-lifeline", daemon=True)
         self._rank, self._count, self._store, self._is_guest = rank, count, store, is_guest
         self._numbers: dict[int, tuple[int | None, float]] = {}
+        self._failure: str | None = None
         self._ended = Event()
         self.phase = "at the start"
         self._beat(0)
@@ -80,7 +81,7 @@ class Lifeline(Thread):
                 if self.failure():
                     break
                 for rank in watched if number % 4 == 0 else ():
-                    if (dead := self._look(rank)) and self.report(dead):
+                    if (dead := self._look(rank, STALE)) and self.report(dead):
                         say(f"error: {dead}", urgent=True)
         except Exception:  # the process that keeps the store has ended
             if self._ended.is_set():
@@ -95,7 +96,7 @@ class Lifeline(Thread):
         mine = {"number": number, "phase": self.phase, "process": os.getpid()}
         self._store.set(f"{self._rank}", json.dumps(mine | {"host": socket.gethostname()}))
 
-    def _look(self, rank: int, stale: float = STALE) -> str | None:
+    def _look(self, rank: int, stale: float) -> str | None:
         """Describe a process that has not counted for `stale` seconds, and record its failure."""
         if not self._store.check([f"{rank}"]):
             return None  # it has not begun yet; its launcher knows if it never does
@@ -109,13 +110,19 @@ class Lifeline(Thread):
         return None
 
     def failure(self) -> str | None:
-        """Return the message of the first failure of any process, or None."""
-        if not self._store.check(["failure"]):
-            return None
-        return str(json.loads(self._store.get("failure"))["message"])
+        """Return the message of the first failure of any process, or None.
+
+        Once seen, it is known without the store, which may end with the process that keeps it.
+        """
+        if self._failure is None and self._store.check(["failure"]):
+            self._failure = str(json.loads(self._store.get("failure"))["message"])
+            self._store.set(f"knows{self._rank}", "")
+        return self._failure
 
     def report(self, message: str) -> bool:
         """Record a failure of this process; return whether it is the first one of the run."""
+        if self._failure is not None:
+            return False
         mine = json.dumps({"rank": self._rank, "message": message})
         with suppress(Exception):
             return bool(self._store.compare_set("failure", "", mine).decode() == mine)
@@ -152,15 +159,23 @@ class Lifeline(Thread):
             self._ended.set()
 
     def follow(self) -> None:
-        """Wait until the first process has ended, so that its launcher does not cut its end off."""
+        """Wait, after a failure, until this process may end without harm to the others.
+
+        Once one process has ended, its launcher may cut off the end of the first one; and the first
+        one may keep the store, from which the others learn of the failure.
+        """
         if self._is_guest:
             return  # its program looks for errors, and ends the others
+        others = [f"knows{rank}" for rank in range(1, self._count)]
         end = time.monotonic() + GRACE
         with suppress(Exception):
-            while self._rank and time.monotonic() < end:
-                if json.loads(self._store.get("0")).get("number") == ENDED:
+            while time.monotonic() < end:
+                if self._has_first_ended() if self._rank else self._store.check(others):
                     return
                 time.sleep(BEAT / 5)
+
+    def _has_first_ended(self) -> bool:
+        return bool(json.loads(self._store.get("0")).get("number") == ENDED)
 
     def end(self) -> None:
         """Stop counting; from now on a silence is no failure."""

@@ -68,8 +68,13 @@ def failed(ended: Ended, started: float) -> str:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    ("moment", "parallel"),
+    [
+        ("the start", "fsdp"),  # nothing is divided yet
+        *((moment, way) for moment in ("an update", "a checkpoint") for way in ("ddp", "fsdp")),
+    ],
+)
 def test_a_killed_rank_ends_the_run_which_resumes(
     ranks: RankServer,
     settings: Settings,
@@ -211,5 +216,8 @@ def test_clocks_on_two_sides_of_midnight_give_one_date(
 
 def test_bad_data_is_reported_once(ranks: RankServer, settings: Settings) -> None:
     Path(settings["data"]).write_text('{"prompt": 1}\n')
-    printed = failed(ranks(2, "rank_workers:train", settings), time.monotonic())
-    assert printed.count("pairs.jsonl:1") >= 1
+    command = ["train", *(f"--{name}={settings[name]}" for name in ("model", "data", "output"))]
+    ended = ranks(2, "logratio.cli.app:main", command)
+    printed = failed(ended, time.monotonic())
+    assert sum(line.startswith("error: ") for line in printed.splitlines()) == 1
+    assert printed.count("pairs.jsonl:1") == 1

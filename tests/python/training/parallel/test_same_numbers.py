@@ -44,9 +44,11 @@ CASES: Mapping[str, Mapping[str, Any]] = {
 }
 BY_LOSS = ("simpo", "bco", "beta-dpo", "aot-unpaired", "wpo", "ld-dpo", ANSWERS, LISTS)
 """Cases that differ from others by their loss only, which does not know how a model is divided."""
+UNEVEN = ("lora", "evaluated", TIED, EXPERTS)
+"""Cases whose weights are sharded over three processes, which divides them unevenly."""
 WAYS = {
-    **{case: [(2, "ddp"), (3, "fsdp")] for case in CASES},
-    **{case: [(2, "ddp") if n % 2 else (3, "fsdp")] for n, case in enumerate(BY_LOSS)},
+    **{case: [(2, "ddp"), (3 if case in UNEVEN else 2, "fsdp")] for case in CASES},
+    **{case: [(2, "ddp") if n % 2 else (2, "fsdp")] for n, case in enumerate(BY_LOSS)},
     "dpo": [(2, "ddp"), (3, "ddp"), (2, "fsdp"), (3, "fsdp")],
 }
 

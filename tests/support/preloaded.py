@@ -1,0 +1,13 @@
+"""What forked children share: slow imports, and a table that transformers builds once a process."""
+
+import peft  # noqa: F401
+import tensorboardX  # noqa: F401
+import torch.distributed.checkpoint
+import torch.distributed.fsdp  # noqa: F401
+import transformers
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+from logratio.training import trainer  # noqa: F401
+
+for family in (transformers.LlamaForCausalLM, transformers.MixtralForCausalLM):
+    get_checkpoint_conversion_mapping(family.config_class.model_type)
