@@ -4,10 +4,9 @@ import peft  # noqa: F401
 import tensorboardX  # noqa: F401
 import torch.distributed.checkpoint
 import torch.distributed.fsdp  # noqa: F401
-import transformers
+from transformers import LlamaForCausalLM, MixtralForCausalLM  # noqa: F401
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from logratio.training import trainer  # noqa: F401
 
-for family in (transformers.LlamaForCausalLM, transformers.MixtralForCausalLM):
-    get_checkpoint_conversion_mapping(family.config_class.model_type)
+get_checkpoint_conversion_mapping("llama")  # builds it for every family
