@@ -1,9 +1,10 @@
 """Open an ONNX Runtime session on a bundle's graph: the file is checked first, the time limited."""
 
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -31,6 +32,9 @@ CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _OPTIONS = {CUDA: {"use_tf32": "0"}}  # TF32 has 10 mantissa bits: golden rewards would not match
 _ERRORS_ONLY, _FATAL_ONLY = 3, 4
 _SHRINK = ("memory.enable_memory_arena_shrinkage", "cpu:0")
+_SIGNAL_SECONDS = 0.25
+"""Longest wait at a time: a handler of a signal only runs between two waits of the first thread, if
+the signal came just before one, or woke another thread."""
 LOAD_SECONDS = 300.0
 """Time limit for opening a graph, and for its golden groups."""
 
@@ -103,12 +107,12 @@ def within(seconds: float, action: Callable[[], T], late: str) -> T:
             future.set_exception(error)
 
     threading.Thread(target=act, daemon=True).start()
-    try:
-        return future.result(seconds)
-    except TimeoutError:
-        if future.done():  # it ended meanwhile, or the error is that of the function
-            return future.result()
-        raise BundleError(late) from None
+    end = time.monotonic() + seconds
+    while not future.done():
+        if (left := end - time.monotonic()) <= 0:
+            raise BundleError(late)
+        wait([future], min(left, _SIGNAL_SECONDS))
+    return future.result()
 
 
 @contextmanager

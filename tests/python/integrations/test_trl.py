@@ -248,13 +248,14 @@ def test_two_processes_share_one_cache_of_rows_in_memory(
     expected = losses(DPOTrainer(args=settings(tmp_path), **parts()))
     worker = Path(__file__).parents[2] / "support" / "worker_cached_trainer.py"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    subprocess.run(
+    done = subprocess.run(
         [*launcher, "--nproc_per_node=2", *map(str, (worker, tiny_model, pairs, tmp_path))],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(worker.parent), *sys.path])},
         capture_output=True,
-        check=True,
+        text=True,
         timeout=600,
     )
+    assert done.returncode == 0, done.stderr
     first, second = (json.loads((tmp_path / f"rank{r}.json").read_text()) for r in range(2))
     assert first["processes"] == 2
     assert first["columns"] == second["columns"]

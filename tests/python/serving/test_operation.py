@@ -401,24 +401,33 @@ def test_a_request_that_outlasts_the_shutdown_is_refused(folder: Path) -> None:
 
 
 SLOW_START = """
-import sys, time
+import signal, sys, threading, time
 from logratio.serving import server
 from logratio.serving.config import ServeConfig
 from logratio.serving.session import within
 
 def load(bundles):
+    if sys.argv[1:]:
+        threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    return within(600, wait_for_ever, "")
+
+def wait_for_ever():
+    time.sleep(0.5)  # the first thread waits now
     print("loading", flush=True)
-    return within(600, lambda: time.sleep(600), "")
+    time.sleep(600)
 
 server.ConfiguredBundles.load_all = load
 server.serve(ServeConfig("bundle", port=0))
 """
 
 
+@pytest.mark.parametrize("thread", [(), ("another thread",)])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_during_the_start_ends_it(number: signal.Signals) -> None:
+def test_a_signal_during_the_start_ends_it(number: signal.Signals, thread: tuple[str, ...]) -> None:
+    """Also if it wakes another thread, or reaches the first one just before it waits."""
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_START],
+        [sys.executable, "-c", SLOW_START, *thread],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
