@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -86,7 +87,10 @@ def write_tokenized(file: str, work: Callable[[], None]) -> None:
 
 
 def count_gathered(settings: Mapping[str, Any], file: str) -> None:
-    """Train; write the most bytes of whole weights that were in memory at once at the end."""
+    """Train; write the most bytes of whole weights that were in memory at once at the end.
+
+    Gloo's thread may let go of a weight a moment after the collective: ranks that keep none wait.
+    """
     gather, whole_weights, most = DTensor.full_tensor, vars(update_loop)["whole_weights"], 0
     alive: list[Callable[[], Any]] = []
 
@@ -94,6 +98,9 @@ def count_gathered(settings: Mapping[str, Any], file: str) -> None:
         nonlocal most
         whole = gather(self, **options)
         alive.append(weakref.ref(whole.untyped_storage()))
+        end = time.monotonic() + (2 if os.environ["RANK"] != "0" else 0)
+        while sum(ref() is not None for ref in alive) > 1 and time.monotonic() < end:
+            time.sleep(0.01)
         most = max(most, sum(one.nbytes() for ref in alive if (one := ref()) is not None))
         return whole
 
