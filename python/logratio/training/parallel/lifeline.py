@@ -182,6 +182,7 @@ class Lifeline(Thread):
         self._ended.set()
         with suppress(Exception):
             self._store.set(f"{self._rank}", json.dumps({"number": ENDED}))
+            self._store.set(f"knows{self._rank}", "")  # nobody need wait for it
 
     def _leave(self) -> None:
         """End this process, unless it ends by itself."""

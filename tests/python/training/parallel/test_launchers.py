@@ -121,10 +121,14 @@ def test_accelerate_launch_is_understood(
 ) -> None:
     """`--cpu` starts one process, whatever `--num_processes` is."""
     script = tmp_path / "script.py"
-    script.write_text("import json, os; print(json.dumps(dict(os.environ)))")
-    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, str(script)]
-    done = subprocess.run(command, env=without_ranks(), capture_output=True, text=True, check=True)
-    found = [processes_of(json.loads(line)) for line in done.stdout.splitlines()]
+    script.write_text(
+        "import json, os, sys\n"
+        "with open(f'{sys.argv[1]}/{os.getpid()}.json', 'w') as file:\n"
+        "    json.dump(dict(os.environ), file)\n"
+    )
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", *flags]
+    subprocess.run([*accelerate, str(script), str(tmp_path)], env=without_ranks(), check=True)
+    found = [processes_of(json.loads(path.read_text())) for path in tmp_path.glob("*.json")]
     assert sorted(map(repr, found)) == [f"Processes(rank {rank}, host 0 of 1)" for rank in expected]
 
 

@@ -35,6 +35,15 @@ def test_two_processes_train_one_model(
     assert all(json.loads(row)["speed/tokens_per_second"] > 0 for row in rows)
 
 
+@pytest.mark.slow
+def test_a_message_is_printed_once(arguments: list[str], tmp_path: Path) -> None:
+    """Here torchrun's agent keeps the store; in `test_faults.py` the first process does."""
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": 1}\n')
+    done = launched(2, *arguments)
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1, done.stderr
+
+
 def test_one_process_may_shard(ranks: RankServer, arguments: list[str], tmp_path: Path) -> None:
     ranks(1, "logratio.cli.app:main", [*arguments, "--parallel", "fsdp"]).well()
     ranks(1, "logratio.cli.app:main", [*arguments[:-1], str(tmp_path / "alone")]).well()
