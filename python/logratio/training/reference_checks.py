@@ -1,8 +1,9 @@
 """Start-up checks of the reference log-probs and the first loss."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -42,9 +43,6 @@ RELATIVE = 1e-5
 
 Scorer = Callable[[Batch], Tensor]
 """Computes the log-probs of a batch, float32 `[S]`."""
-
-Inspector = Callable[[Batch, Tensor, Tensor], None]
-"""Receives a batch, its sums scored now, and its stored sums, float64 `[N]` each."""
 
 
 @dataclass(frozen=True)
@@ -130,58 +128,64 @@ def _copy(store: Store, wanted: Mapping[int, set[int]]) -> Store:
     return writer.finish(store.metadata)
 
 
-def compare_sample(
-    sample: Store,
-    layout: str,
-    device: torch.device,
-    scorer: Scorer,
-    stored: Reference,
-    bound: Tolerance,
-    inspect: Inspector | None = None,
-) -> float:
-    """Score a sample and compare it with the stored log-probs.
+class Sampled(NamedTuple):
+    """A group of a sample, with what a reference gives it.
+
+    Attributes:
+        batch: The group alone.
+        logps: Log-probs of tokens, float32 `[S]`; None if the reference has sums only.
+        sums: Sums of the completions, float64 `[N]`.
+        what: The record and the reference, for a message.
+    """
+
+    batch: Batch
+    logps: Tensor | None
+    sums: Tensor
+    what: str
+
+
+def sampled(
+    sample: Store, layout: str, device: torch.device, reference: Reference
+) -> Iterator[Sampled]:
+    """Yield each group of a sample with the reference's log-probs, which are computed once.
 
     Args:
         sample: Groups returned by `sample_rows` or `sample_groups`.
         layout: Batch layout: "shared", "tree" or "padded".
-        device: Device of the batches for `scorer`.
-        scorer: Scores a batch with the model that should be the reference, to float32 `[S]`.
-        stored: Log-probs that should equal those of `scorer`.
-        bound: Differences that rounding can explain.
-        inspect: Called for each batch that is within the tolerance.
-
-    Returns:
-        The largest difference in nats: of tokens, or of sums if only sums are stored.
+        device: Device of the batches.
+        reference: The reference.
 
     Raises:
-        UntrustedReferenceError: A log-prob differs by more, or is not finite; the message names
-            the record.
         StaleCacheError: The cache lacks completions of the sample.
     """
-    if isinstance(stored, CachedReference | CachedSums):
-        stored = stored.over(sample)
-    worst = 0.0
+    if isinstance(reference, CachedReference | CachedSums):
+        reference = reference.over(sample)
     shape = shape_for(layout, device)
     for group in range(len(sample)):
         rows = np.array([group], dtype=np.int64)
         batch = to_torch(lay_out(sample, rows, layout, **shape), device)
+        logps = None if isinstance(reference, CachedSums) else reference.logps(batch)
+        sums = reference.sums(batch) if logps is None else batch.targets.sums(logps)
         (place,) = source_names(sample, [group])
-        now, sums = scorer(batch), stored.sums(batch)
-        worst = max(worst, _compare(now, sums, stored, batch, bound, place))
-        if inspect:
-            inspect(batch, batch.targets.sums(now), sums)
-    return worst
+        yield Sampled(batch, logps, sums, f"{place} under the model and {type(reference).__name__}")
 
 
-def _compare(
-    now: Tensor, sums: Tensor, stored: Reference, batch: Batch, bound: Tolerance, place: str
-) -> float:
-    gap = (batch.targets.sums(now) - sums).abs()
-    what = f"of a completion of {place} under the model and {type(stored).__name__}"
-    _refuse(gap, bound.of_sums(batch.targets.lengths) + RELATIVE * sums.abs(), what)
-    if not isinstance(stored, CachedSums):
-        gap = (now - stored.logps(batch)).abs()
-        _refuse(gap, torch.full_like(gap, bound.token), what.replace("completion", "token", 1))
+def _gap(stored: Sampled, now: Tensor, bound: Tolerance) -> float:
+    """Compare log-probs `now`, float32 `[S]`, with those stored: return the largest difference.
+
+    It is one of tokens, or of sums if only sums are stored, in nats.
+
+    Raises:
+        UntrustedReferenceError: A log-prob differs by more than `bound`, or is not finite; the
+            message names the record.
+    """
+    targets = stored.batch.targets
+    gap = (targets.sums(now) - stored.sums).abs()
+    most = bound.of_sums(targets.lengths) + RELATIVE * stored.sums.abs()
+    _refuse(gap, most, f"of a completion of {stored.what}")
+    if stored.logps is not None:
+        gap = (now - stored.logps).abs()
+        _refuse(gap, torch.full_like(gap, bound.token), f"of a token of {stored.what}")
     return float(gap.max())
 
 
@@ -211,6 +215,7 @@ def conditions(model: nn.Module, layout: str) -> dict[str, str]:
     }
 
 
+@torch.no_grad()
 def check_hits(
     model: nn.Module,
     store: Store,
@@ -247,10 +252,14 @@ def check_hits(
     sample = sample_rows(store, hits)
     stored = (CachedSums if sums else CachedReference)(sample, reader, folder)
     bound = _bound(model, precision, soft)
-    gap = _gap(model, sample, layout, precision, stored, bound, lambda batch: score(model, batch))
+    device, gap = transformer(model).device, 0.0
+    with side_effect_free(model), autocast(precision, device):
+        for one in sampled(sample, layout, device, stored):
+            gap = max(gap, _gap(one, score(model, one.batch), bound))
     return _conditions_note(folder, soft, gap, sample)
 
 
+@torch.no_grad()
 def check_start(
     config: TrainConfig,
     store: Store,
@@ -258,8 +267,9 @@ def check_start(
     reference: Reference,
     layout: str,
     objective: Objective | None,
-) -> str | None:
-    """Compare the reference with an equal model in memory, if there is one, before any update.
+    stop_ids: Collection[int] = (),
+) -> list[str]:
+    """Score a sample under the reference, and compare it with an equal model if one is in memory.
 
     A policy that starts as its reference must equal it before the first update, and the loss must
     have its known initial value. With adapters and a cache, the policy with its adapters disabled
@@ -272,26 +282,39 @@ def check_start(
         reference: The reference of the run.
         layout: Batch layout of the policy.
         objective: The loss; None after resuming from a checkpoint.
+        stop_ids: Tokens that end an answer.
 
     Returns:
-        A note if the cache was filled under different soft conditions, else None.
+        Notes: if the cache was filled under different soft conditions; if the reference hardly
+        ever ends an answer, as a raw base model.
 
     Raises:
         UntrustedReferenceError: Log-probs, or the loss and its initial value, differ by more than
             rounding can explain.
         DamagedFingerprintError: The stored fingerprint was altered.
     """
-    soft: dict[str, str] = {}
+    soft, notes = dict[str, str](), list[str | None]()
     if isinstance(reference, CachedReference | CachedSums):
         soft = soft_differences(reference.folder, conditions(policy, layout))
     precision, sample, gap = precision_of(config), sample_groups(store), None
-    bound = _bound(policy, precision, soft)
-    if scorer := _equal_in_memory(config, policy, is_first=objective is not None):
-        inspect = _InitialLossCheck(config, objective, bound) if objective else None
-        gap = _gap(policy, sample, layout, precision, reference, bound, scorer, inspect)
+    bound, device = _bound(policy, precision, soft), transformer(policy).device
+    scorer = _equal_in_memory(config, policy, is_first=objective is not None)
+    first_loss = _InitialLossCheck(config, objective, bound) if objective else None
+    ends = EndCheck(stop_ids) if objective else None
+    with side_effect_free(policy), autocast(precision, device):
+        for one in sampled(sample, layout, device, reference) if scorer or ends else ():
+            if ends:
+                ends.add(one)
+            if scorer:
+                now = scorer(one.batch)
+                gap = max(gap or 0.0, _gap(one, now, bound))
+                if first_loss:
+                    first_loss.check(one.batch, one.batch.targets.sums(now), one.sums)
     if isinstance(reference, CachedReference | CachedSums):
-        return _conditions_note(reference.folder, soft, gap, sample)
-    return None
+        notes.append(_conditions_note(reference.folder, soft, gap, sample))
+    if ends:
+        notes.append(ends.note())
+    return [note for note in notes if note]
 
 
 RAREST_END = -10.0
@@ -304,42 +327,34 @@ FEWEST_ENDS = 8
 """Answers with a stop token that are needed to judge a reference."""
 
 
-def untrained_note(
-    store: Store,
-    reference: Reference,
-    layout: str,
-    device: torch.device,
-    stop_ids: Collection[int],
-) -> str | None:
-    """Return a warning if the reference hardly ever ends an answer, as a raw base model.
+class EndCheck:
+    """Collects how likely the ends of the chosen answers are under the reference.
 
     Args:
-        store: The data.
-        reference: The reference of the run.
-        layout: Batch layout.
-        device: Device of the batches.
         stop_ids: Tokens that end an answer.
     """
-    if isinstance(reference, CachedSums):
-        return None
-    sample, ends = sample_groups(store), list[float]()
-    source = reference.over(sample) if isinstance(reference, CachedReference) else reference
-    shape = shape_for(layout, device)
-    for group in range(len(sample)):
-        rows = np.array([group], dtype=np.int64)
-        batch = to_torch(lay_out(sample, rows, layout, **shape), device)
-        last = int(batch.targets.completion_offsets[1]) - 1  # of the first completion
-        if int(batch.targets.target_ids[last]) in stop_ids:
-            ends.append(float(source.logps(batch)[last]))
-    mean = float(np.mean(ends)) if len(ends) >= FEWEST_ENDS else 0.0
-    if mean >= RAREST_END:
-        return None
-    return (
-        f"the reference gives the end of the chosen answers a log-prob of {mean:.1f} nats on "
-        "average: it looks like a base model that has not been trained to answer. Train it with "
-        "--loss sft first, or choose an instruction-tuned model; if the answers are texts that "
-        "were cut off, give --no-eos, so that no end is learned"
-    )
+
+    def __init__(self, stop_ids: Collection[int]) -> None:
+        self.stop_ids, self._ends = stop_ids, list[float]()
+
+    def add(self, group: Sampled) -> None:
+        """Add a group of the sample, unless its log-probs of tokens are unknown."""
+        targets = group.batch.targets
+        last = int(targets.completion_offsets[1]) - 1  # of the first completion
+        if group.logps is not None and int(targets.target_ids[last]) in self.stop_ids:
+            self._ends.append(float(group.logps[last]))
+
+    def note(self) -> str | None:
+        """Return a warning if the reference hardly ever ends an answer, as a raw base model."""
+        mean = float(np.mean(self._ends)) if len(self._ends) >= FEWEST_ENDS else 0.0
+        if mean >= RAREST_END:
+            return None
+        return (
+            f"warning: the reference gives the end of the chosen answers a log-prob of {mean:.1f} "
+            "nats on average: it looks like a base model that has not been trained to answer. "
+            "Train it with --loss sft first, or choose an instruction-tuned model; if the answers "
+            "are texts that were cut off, give --no-eos, so that no end is learned"
+        )
 
 
 def _bound(model: nn.Module, precision: Precision, soft: Collection[str]) -> Tolerance:
@@ -356,22 +371,6 @@ def _equal_in_memory(config: TrainConfig, policy: nn.Module, *, is_first: bool) 
         return lambda batch: score(policy, batch)
     # A continued adapter with a cache has no copy of its start in memory.
     return AdapterReference(policy).logps if config.lora and config.cache else None
-
-
-@torch.no_grad()
-def _gap(
-    model: nn.Module,
-    sample: Store,
-    layout: str,
-    precision: Precision,
-    stored: Reference,
-    bound: Tolerance,
-    scorer: Scorer,
-    inspect: Inspector | None = None,
-) -> float:
-    device = transformer(model).device
-    with side_effect_free(model), autocast(precision, device):
-        return compare_sample(sample, layout, device, scorer, stored, bound, inspect)
 
 
 def _conditions_note(
@@ -395,7 +394,7 @@ class _InitialLossCheck:
         self.expected = objective.initial_value
         self.loss, self.objective, self.bound = config.loss, objective, bound
 
-    def __call__(self, batch: Batch, now: Tensor, stored: Tensor) -> None:
+    def check(self, batch: Batch, now: Tensor, stored: Tensor) -> None:
         """Check the loss, within the change that the tolerance of the log-probs can cause.
 
         Args:

@@ -1,7 +1,7 @@
 """The updates of a run: order, evaluations, checkpoints, callbacks, and the model at the end."""
 
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -43,9 +43,8 @@ from logratio.training.reference import (
     FrozenReference,
     Reference,
     same_random_state,
-    side_effect_free,
 )
-from logratio.training.reference_checks import check_start, untrained_note
+from logratio.training.reference_checks import check_start
 from logratio.training.run_checkpoints import RunCheckpoints
 from logratio.training.run_file import record_settings
 from logratio.training.run_folder import (
@@ -369,25 +368,15 @@ class UpdateLoop:
         return progress(self.config.loss, in_all, noun, show=self.show_progress, done=done)
 
     def _check_start(self, reference: Reference, *, is_first: bool) -> None:
-        """Run the start-up checks of the reference, and print their note if they have one."""
+        """Run the start-up checks of the reference, and print their notes."""
         updater = self.updater
         objective = updater.objective if is_first else None
-        note = check_start(
-            self.config, self.store, updater.policy, reference, updater.layout, objective
+        found = check_start(
+            *(self.config, self.store, updater.policy, reference, updater.layout, objective),
+            self.dataset.tokenizer.stop_ids,
         )
-        if note:
+        for note in found:
             say(note)
-        if is_first:
-            with updater.autocast(), side_effect_free(updater.policy):
-                doubt = untrained_note(
-                    self.store, reference, updater.layout, updater.device, self._stop_ids
-                )
-            if doubt:
-                say(f"warning: {doubt}")
-
-    @property
-    def _stop_ids(self) -> Collection[int]:
-        return self.dataset.tokenizer.stop_ids
 
     def _maybe_save(self, step: int, signal: int | None) -> None:
         if folder := self.checkpoints.completed():

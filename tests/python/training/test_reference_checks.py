@@ -47,13 +47,14 @@ from logratio.training.reference import (
 from logratio.training.reference_checks import (
     SAMPLE,
     TOLERANCES,
+    EndCheck,
     UntrustedReferenceError,
     check_start,
     conditions,
     sample_groups,
     sample_rows,
+    sampled,
     starts_at_reference,
-    untrained_note,
 )
 from logratio.training.trainer import DPOTrainer
 from logratio.training.update import Updater
@@ -238,7 +239,7 @@ def test_the_first_loss_is_the_known_one(
     assert starts_at_reference(config)
     reference = FrozenReference(load_model(config.model, precision=precision))
     objective = Objective.of(config)
-    assert check_start(config, store, policy, reference, "shared", objective) is None
+    assert check_start(config, store, policy, reference, "shared", objective) == []
 
 
 @pytest.mark.parametrize("change", [1e-2, -1e-3, math.nan])
@@ -392,16 +393,43 @@ class Fixed(PerToken):
         return torch.where(batch.targets.target_ids == STOP, self.at_end, -1.0)
 
 
+class Counting(FrozenReference):
+    """A model that counts its passes."""
+
+    passes = 0
+
+    def logps(self, batch: Batch) -> Tensor:
+        self.passes += 1
+        return super().logps(batch)
+
+
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_the_reference_scores_each_group_of_the_sample_once(
+    config: TrainConfig, store: Store, is_resumed: bool
+) -> None:
+    """Of a sharded model each pass gathers all weights; a resumed run has nothing to compare."""
+    policy, reference = load_model(config.model), Counting(load_model(config.model))
+    objective = None if is_resumed else Objective.of(config)
+    assert not check_start(config, store, policy, reference, "shared", objective, {STOP})
+    assert reference.passes == (0 if is_resumed else len(sample_groups(store)))
+
+
 @pytest.mark.parametrize(("at_end", "is_doubted"), [(-26.0, True), (-10.5, True), (-9.5, False)])
 def test_a_reference_that_hardly_ever_ends_answers_is_doubted(
     store: Store, at_end: float, is_doubted: bool
 ) -> None:
-    note = untrained_note(store, Fixed(at_end), "padded", torch.device("cpu"), {STOP})
-    assert bool(note) is is_doubted
-    if note:
-        assert f"{at_end:.1f} nats" in note
-        assert "cut off, give --no-eos" in note
-    assert untrained_note(store, Fixed(at_end), "padded", torch.device("cpu"), {99}) is None
+    def note(stop_ids: set[int]) -> str | None:
+        ends = EndCheck(stop_ids)
+        for group in sampled(store, "padded", torch.device("cpu"), Fixed(at_end)):
+            ends.add(group)
+        return ends.note()
+
+    found = note({STOP})
+    assert bool(found) is is_doubted
+    if found:
+        assert f"{at_end:.1f} nats" in found
+        assert "cut off, give --no-eos" in found
+    assert note({99}) is None
 
 
 def test_a_run_prints_the_doubt_once(
