@@ -1,15 +1,14 @@
-"""Commands under torchrun."""
+"""Programs under torchrun."""
 
 import os
 import subprocess
 import sys
 
 
-def launched(count: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run `logratio` in `count` processes on this host; return what torchrun and they printed."""
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", str(count))
+def launched(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run torchrun on this host with its arguments; return what it and its processes printed."""
     return subprocess.run(
-        [sys.executable, *launcher, "--standalone", "-m", "logratio", *arguments],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments],
         capture_output=True,
         text=True,
         timeout=300,

@@ -29,13 +29,13 @@ def test_processes_on_gpus_train_alike(
         pytest.skip("DDP needs two devices")
     data = write_pairs(tmp_path / "pairs.jsonl", 12)
     arguments = [
-        *("train", "--model", str(tiny_model), "--data", str(data), "--batch-size", "4"),
-        *("--lr", "1e-3", "--epochs", "2", "--precision", precision, "--save-every", "2"),
+        *("-m", "logratio", "train", "--model", str(tiny_model), "--data", str(data)),
+        *("--batch-size", "4", "--lr", "1e-3", "--epochs", "2", "--precision", precision),
+        *("--save-every", "2"),
     ]
-    alone = launched(1, *arguments, "--output", str(tmp_path / "alone"))
-    several = launched(
-        count, *arguments, "--parallel", parallel, "--output", str(tmp_path / "several")
-    )
+    own = ["--parallel", parallel, "--output", str(tmp_path / "several")]
+    alone = launched("--nproc-per-node=1", *arguments, "--output", str(tmp_path / "alone"))
+    several = launched(f"--nproc-per-node={count}", *arguments, *own)
     assert alone.returncode == several.returncode == 0, alone.stderr + several.stderr
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "several"))
     moved = load_file(tiny_model / "model.safetensors")

@@ -19,21 +19,6 @@ from logratio.training.parallel.processes import processes_of
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 
-RESTARTED = """
-import os, signal
-from logratio import Callback, DPOTrainer
-
-
-class Die(Callback):
-    def on_update(self, state, metrics):
-        first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-        if first and state.step == 3 and os.environ["RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-DPOTrainer(**{settings!r}, callbacks=[Die()]).train()
-"""
-
 
 def test_torchrun_names_the_host() -> None:
     found = processes_of(TORCHRUN | {"GROUP_RANK": "1"})
@@ -83,23 +68,6 @@ def test_restarts_by_the_agents_of_several_hosts_are_refused() -> None:
     with pytest.raises(ConfigError, match="torchrun restarts processes on one host only"):
         processes_of(TORCHRUN | restarts)
     assert processes_of(TORCHRUN | {"LOCAL_WORLD_SIZE": "8"} | restarts).hosts == 1
-
-
-@pytest.mark.slow
-def test_torchrun_restarts_a_run_on_one_host(settings: dict[str, Any], tmp_path: Path) -> None:
-    """The second attempt finds the store of the first one, with the record of its failure."""
-    settings |= {"save_every": 1, "resume": True}
-    script = tmp_path / "script.py"
-    script.write_text(RESTARTED.format(settings=settings))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=1"]
-    command = [*torchrun, "--nproc-per-node=2", str(script)]
-    done = subprocess.run(command, env=without_ranks(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "resuming after update 2" in done.stderr
-    alone = {**settings, "output": tmp_path / "alone", "resume": False}
-    DPOTrainer(**alone, show_progress=False).train()
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "out"))
-    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
 
 
 def without_ranks() -> dict[str, str]:

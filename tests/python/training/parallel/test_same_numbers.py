@@ -21,13 +21,19 @@ ANSWERS, LISTS = "kto", "lipo"
 """The cases that need other data."""
 
 CASES: Mapping[str, Mapping[str, Any]] = {
-    "dpo": {},
+    "dpo": {"epochs": 2},
     "few groups": {"batch_size": 2, "token_budget": 20},
     "lora": {"lora": {"rank": 4}, "lr": 1e-2},
     "cached": {"cache": "cache", "precompute": True},
     "simpo": {"loss": "simpo"},
     "padded": {"activation_checkpointing": "all", "weight_decay": 0.1},
-    "evaluated": {"eval_share": 0.3, "eval_every": 2, "best_metric": "loss", "eval_samples": 3},
+    "evaluated": {
+        "epochs": 2,
+        "eval_share": 0.3,
+        "eval_every": 2,
+        "best_metric": "loss",
+        "eval_samples": 3,
+    },
     TIED: {},
     EXPERTS: {"router_aux_loss_coef": 0.1, "batch_size": 2, "loss": "simpo"},
     "bco": {"loss": "bco", "token_budget": 30},
@@ -38,7 +44,7 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     "ld-dpo": {"loss": "ld-dpo", "cache": "cache", "precompute": True},
     "bradley-terry": {"loss": "bradley-terry", "loss_options": {"center": 0.1}, "eval_share": 0.3},
     "reward adapter": {"loss": "bradley-terry", "lora": {"rank": 4}, "lr": 1e-2},
-    "moving reference": {"sync_reference": True, "reference_sync_steps": 2},
+    "moving reference": {"epochs": 2, "sync_reference": True, "reference_sync_steps": 2},
     ANSWERS: {"loss": "kto", "eval_share": 0.3, "eval_every": 2},
     LISTS: {"loss": "lipo"},
 }
@@ -71,7 +77,7 @@ def trained(ranks: RankServer, tiny_model: Path, tmp_path_factory: pytest.TempPa
         folder = tmp_path_factory.mktemp("run")
         settings = {
             **{"model": str(models[case]), "data": str(data[case])},
-            **{"output": str(folder / "out"), "batch_size": 4, "epochs": 2, "lr": 1e-3},
+            **{"output": str(folder / "out"), "batch_size": 4, "epochs": 1, "lr": 1e-3},
             **{"token_budget": 48, "report": False},
             **({"parallel": parallel} if count > 1 else {}),
             **CASES[case],

@@ -31,7 +31,7 @@ def both(
     ranks: RankServer, settings: Settings, folder: Path, parallel: str = "fsdp"
 ) -> tuple[Path, Path]:
     """Train in one process and in two; return the folders."""
-    alone, several = folder / "alone", folder / "several"
+    settings, alone, several = settings | {"epochs": 1}, folder / "alone", folder / "several"
     ranks(1, TRAIN, settings | {"output": str(alone)}).well()
     ranks(2, TRAIN, settings | {"output": str(several), "parallel": parallel}).well()
     return alone, several
