@@ -29,6 +29,11 @@ def be_silent() -> None:
     _silent = True
 
 
+def is_silent() -> bool:
+    """Return whether another process of the run prints the notes."""
+    return _silent
+
+
 def say(message: str, *, urgent: bool = False) -> None:
     """Print a line on standard error; ignore errors, for example if it is closed.
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from logratio.errors import LogratioError
+from logratio.progress import is_silent
 from logratio.training.checkpoint_folder import (
     Writing,
     damage,
@@ -56,7 +57,8 @@ _NOTICE = (
 def interrupts() -> Iterator[Callable[[], int | None]]:
     """Catch the first signal inside the block; a second one ends the process at once.
 
-    The first one prints what happens now, since an update can take minutes.
+    The first one prints what happens now, since an update can take minutes: of several processes,
+    to which a launcher passes it on, the first one does.
 
     Yields:
         A function that returns the number of the received signal, or None.
@@ -69,8 +71,9 @@ def interrupts() -> Iterator[Callable[[], int | None]]:
 
     def note(number: int, _frame: FrameType | None) -> None:
         received.append(number)
-        with suppress(OSError):  # not `say`: the signal may arrive inside a write to sys.stderr
-            os.write(2, _NOTICE)
+        if not is_silent():
+            with suppress(OSError):  # not `say`: it may arrive inside a write to sys.stderr
+                os.write(2, _NOTICE)
         for caught in before:
             signal.signal(caught, signal.SIG_DFL)
 

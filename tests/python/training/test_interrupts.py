@@ -21,6 +21,16 @@ def test_the_first_signal_prints_what_happens_now(
     assert "press Ctrl-C again to stop without saving\n" in capfd.readouterr().err
 
 
+def test_of_several_processes_one_prints_it(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("logratio.progress._silent", True)
+    with interrupts() as received:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert received() == signal.SIGINT
+    assert not capfd.readouterr().err
+
+
 def test_a_second_signal_ends_the_process_also_without_standard_error() -> None:
     script = (
         "import os, signal\nfrom logratio.training.checkpoint import interrupts\n"
