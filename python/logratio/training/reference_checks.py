@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from logratio._rust import CacheReader, Store, StoreWriter
-from logratio.data.feed import lay_out
+from logratio.data.feed import FeedSettings, lay_out, micro_batches
 from logratio.data.store.load import source_names
 from logratio.errors import LogratioError
 from logratio.logps.attention.interface import NAME
-from logratio.logps.batch import Batch, shape_for, to_torch
+from logratio.logps.batch import Batch, TargetTokens, shape_for, to_torch
 from logratio.logps.completion import score, transformer
 from logratio.training.config import Precision, TrainConfig
 from logratio.training.fingerprint import model_fingerprint, reference_fingerprint, versions
@@ -33,6 +33,10 @@ from logratio.training.validation import needs_reference
 
 SAMPLE = 32
 """Completions that are scored again, evenly spread over the data; the same in every run."""
+
+AT_ONCE = 2048
+"""Tokens of the sample that are scored at a time: few enough for any device that trains the model,
+and of a sharded model, which gathers its weights for each pass, few passes."""
 
 WALK_TOKENS = 64
 """The tolerance of a sum is constant up to this many tokens. Beyond, rounding errors accumulate
@@ -129,45 +133,71 @@ def _copy(store: Store, wanted: Mapping[int, set[int]]) -> Store:
 
 
 class Sampled(NamedTuple):
-    """A group of a sample, with what a reference gives it.
+    """A group of a sample, with what a reference gives it, and a model in memory.
 
     Attributes:
-        batch: The group alone.
-        logps: Log-probs of tokens, float32 `[S]`; None if the reference has sums only.
-        sums: Sums of the completions, float64 `[N]`.
+        targets: The tokens of the group.
+        logps: The reference's log-probs of tokens, float32 `[S]`; None if it has sums only.
+        sums: The reference's sums of the completions, float64 `[N]`.
+        now: The model's log-probs of tokens, float32 `[S]`; None without a model.
         what: The record and the reference, for a message.
     """
 
-    batch: Batch
+    targets: TargetTokens
     logps: Tensor | None
     sums: Tensor
+    now: Tensor | None
     what: str
 
 
 def sampled(
-    sample: Store, layout: str, device: torch.device, reference: Reference
+    sample: Store,
+    layout: str,
+    device: torch.device,
+    reference: Reference,
+    scorer: Scorer | None = None,
 ) -> Iterator[Sampled]:
-    """Yield each group of a sample with the reference's log-probs, which are computed once.
+    """Score each group of a sample once, several at a time.
 
     Args:
         sample: Groups returned by `sample_rows` or `sample_groups`.
         layout: Batch layout: "shared", "tree" or "padded".
         device: Device of the batches.
         reference: The reference.
+        scorer: Scores a batch with a model that should be the reference.
 
     Raises:
         StaleCacheError: The cache lacks completions of the sample.
     """
     if isinstance(reference, CachedReference | CachedSums):
         reference = reference.over(sample)
-    shape = shape_for(layout, device)
-    for group in range(len(sample)):
-        rows = np.array([group], dtype=np.int64)
-        batch = to_torch(lay_out(sample, rows, layout, **shape), device)
+    for groups in _packed(sample, layout):
+        batch = to_torch(lay_out(sample, groups, layout, **shape_for(layout, device)), device)
+        targets = batch.targets
         logps = None if isinstance(reference, CachedSums) else reference.logps(batch)
-        sums = reference.sums(batch) if logps is None else batch.targets.sums(logps)
-        (place,) = source_names(sample, [group])
-        yield Sampled(batch, logps, sums, f"{place} under the model and {type(reference).__name__}")
+        sums = reference.sums(batch) if logps is None else targets.sums(logps)
+        now = scorer(batch) if scorer else None
+        for number, place in enumerate(source_names(sample, targets.groups.tolist())):
+            part = targets.part(number, number + 1)
+            at = part.targets_at
+            yield Sampled(
+                part.targets,
+                None if logps is None else logps[at],
+                sums[part.completions],
+                None if now is None else now[at],
+                f"{place} under the model and {type(reference).__name__}",
+            )
+
+
+def _packed(sample: Store, layout: str) -> list[np.ndarray]:
+    """Return the groups of each batch, which has at most `AT_ONCE` tokens or one group."""
+    settings = FeedSettings(
+        order="sorted",
+        groups_per_update=len(sample),
+        token_budget=AT_ONCE,
+        layout=layout,
+    )
+    return micro_batches(settings.plan(sample, 0))
 
 
 def _gap(stored: Sampled, now: Tensor, bound: Tolerance) -> float:
@@ -179,9 +209,8 @@ def _gap(stored: Sampled, now: Tensor, bound: Tolerance) -> float:
         UntrustedReferenceError: A log-prob differs by more than `bound`, or is not finite; the
             message names the record.
     """
-    targets = stored.batch.targets
-    gap = (targets.sums(now) - stored.sums).abs()
-    most = bound.of_sums(targets.lengths) + RELATIVE * stored.sums.abs()
+    gap = (stored.targets.sums(now) - stored.sums).abs()
+    most = bound.of_sums(stored.targets.lengths) + RELATIVE * stored.sums.abs()
     _refuse(gap, most, f"of a completion of {stored.what}")
     if stored.logps is not None:
         gap = (now - stored.logps).abs()
@@ -254,8 +283,9 @@ def check_hits(
     bound = _bound(model, precision, soft)
     device, gap = transformer(model).device, 0.0
     with side_effect_free(model), autocast(precision, device):
-        for one in sampled(sample, layout, device, stored):
-            gap = max(gap, _gap(one, score(model, one.batch), bound))
+        for one in sampled(sample, layout, device, stored, lambda batch: score(model, batch)):
+            assert one.now is not None
+            gap = max(gap, _gap(one, one.now, bound))
     return _conditions_note(folder, soft, gap, sample)
 
 
@@ -302,14 +332,14 @@ def check_start(
     first_loss = _InitialLossCheck(config, objective, bound) if objective else None
     ends = EndCheck(stop_ids) if objective else None
     with side_effect_free(policy), autocast(precision, device):
-        for one in sampled(sample, layout, device, reference) if scorer or ends else ():
+        groups = sampled(sample, layout, device, reference, scorer)
+        for one in groups if scorer or ends else ():
             if ends:
                 ends.add(one)
-            if scorer:
-                now = scorer(one.batch)
-                gap = max(gap or 0.0, _gap(one, now, bound))
+            if one.now is not None:
+                gap = max(gap or 0.0, _gap(one, one.now, bound))
                 if first_loss:
-                    first_loss.check(one.batch, one.batch.targets.sums(now), one.sums)
+                    first_loss.check(one.targets, one.targets.sums(one.now), one.sums)
     if isinstance(reference, CachedReference | CachedSums):
         notes.append(_conditions_note(reference.folder, soft, gap, sample))
     if ends:
@@ -339,7 +369,7 @@ class EndCheck:
 
     def add(self, group: Sampled) -> None:
         """Add a group of the sample, unless its log-probs of tokens are unknown."""
-        targets = group.batch.targets
+        targets = group.targets
         last = int(targets.completion_offsets[1]) - 1  # of the first completion
         if group.logps is not None and int(targets.target_ids[last]) in self.stop_ids:
             self._ends.append(float(group.logps[last]))
@@ -394,11 +424,11 @@ class _InitialLossCheck:
         self.expected = objective.initial_value
         self.loss, self.objective, self.bound = config.loss, objective, bound
 
-    def check(self, batch: Batch, now: Tensor, stored: Tensor) -> None:
+    def check(self, targets: TargetTokens, now: Tensor, stored: Tensor) -> None:
         """Check the loss, within the change that the tolerance of the log-probs can cause.
 
         Args:
-            batch: A batch of groups.
+            targets: The tokens of a group.
             now: Sums under the policy, float64 `[N]`.
             stored: Sums under the reference, float64 `[N]`.
 
@@ -407,13 +437,13 @@ class _InitialLossCheck:
         """
         if self.expected is None:
             return
-        shift = self.bound.of_sums(batch.targets.lengths) + RELATIVE * stored.abs()
+        shift = self.bound.of_sums(targets.lengths) + RELATIVE * stored.abs()
         with torch.enable_grad():
             start = stored.clone().requires_grad_()
-            (slopes,) = torch.autograd.grad(self._losses(batch, start, stored).sum(), start)
+            (slopes,) = torch.autograd.grad(self._losses(targets, start, stored).sum(), start)
         # Twice the first-order change: the slopes themselves change within the tolerance.
         most = 2 * float((slopes.abs() * shift).sum()) + 1e-6 * abs(self.expected)
-        gap = (self._losses(batch, now, stored) - self.expected).abs()
+        gap = (self._losses(targets, now, stored) - self.expected).abs()
         if not bool((gap <= most).all()):
             raise UntrustedReferenceError(
                 f"policy and reference are the same model, but the loss {self.loss} starts at "
@@ -421,8 +451,8 @@ class _InitialLossCheck:
                 f"explains at most {most:.2g})"
             )
 
-    def _losses(self, batch: Batch, policy: Tensor, reference: Tensor) -> Tensor:
-        groups = GroupData(None, None, has_reference=True).groups(batch.targets, policy, reference)
+    def _losses(self, targets: TargetTokens, policy: Tensor, reference: Tensor) -> Tensor:
+        groups = GroupData(None, None, has_reference=True).groups(targets, policy, reference)
         if self.objective.needs_statistics:
             found = self.objective.statistics(groups.on_host(), trains=False)
             here = {name: value.to(policy.device) for name, value in found.items()}

@@ -394,24 +394,31 @@ class Fixed(PerToken):
 
 
 class Counting(FrozenReference):
-    """A model that counts its passes."""
+    """A model that notes the groups and tokens of its passes."""
 
-    passes = 0
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.groups, self.tokens = list[int](), list[int]()
 
     def logps(self, batch: Batch) -> Tensor:
-        self.passes += 1
+        self.groups += batch.targets.groups.tolist()
+        self.tokens.append(batch.input_ids.numel())
         return super().logps(batch)
 
 
 @pytest.mark.parametrize("is_resumed", [False, True])
-def test_the_reference_scores_each_group_of_the_sample_once(
-    config: TrainConfig, store: Store, is_resumed: bool
+def test_the_reference_scores_the_sample_once_several_groups_at_a_time(
+    config: TrainConfig, store: Store, is_resumed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a sharded model each pass gathers all weights; a resumed run has nothing to compare."""
+    monkeypatch.setattr("logratio.training.reference_checks.AT_ONCE", 60)
     policy, reference = load_model(config.model), Counting(load_model(config.model))
     objective = None if is_resumed else Objective.of(config)
     assert not check_start(config, store, policy, reference, "shared", objective, {STOP})
-    assert reference.passes == (0 if is_resumed else len(sample_groups(store)))
+    sample = sample_groups(store)
+    assert sorted(reference.groups) == ([] if is_resumed else list(range(len(sample))))
+    assert max(reference.tokens, default=0) <= 60
+    assert len(reference.tokens) <= len(sample) / 2
 
 
 @pytest.mark.parametrize(("at_end", "is_doubted"), [(-26.0, True), (-10.5, True), (-9.5, False)])
