@@ -20,7 +20,7 @@ from logratio.training.config import Precision, TrainConfig
 from logratio.training.fingerprint import model_fingerprint, reference_fingerprint, versions
 from logratio.training.methods.group_data import GroupData
 from logratio.training.methods.objective import Objective
-from logratio.training.models import autocast, precision_of
+from logratio.training.models import autocast, precision_of, training_budget
 from logratio.training.reference import (
     AdapterReference,
     CachedReference,
@@ -33,10 +33,6 @@ from logratio.training.validation import needs_reference
 
 SAMPLE = 32
 """Completions that are scored again, evenly spread over the data; the same in every run."""
-
-AT_ONCE = 2048
-"""Tokens of the sample that are scored at a time: few enough for any device that trains the model,
-and of a sharded model, which gathers its weights for each pass, few passes."""
 
 WALK_TOKENS = 64
 """The tolerance of a sum is constant up to this many tokens. Beyond, rounding errors accumulate
@@ -156,8 +152,9 @@ def sampled(
     device: torch.device,
     reference: Reference,
     scorer: Scorer | None = None,
+    token_budget: int = 1,
 ) -> Iterator[Sampled]:
-    """Score each group of a sample once, several at a time.
+    """Score each group of a sample once.
 
     Args:
         sample: Groups returned by `sample_rows` or `sample_groups`.
@@ -165,13 +162,14 @@ def sampled(
         device: Device of the batches.
         reference: The reference.
         scorer: Scores a batch with a model that should be the reference.
+        token_budget: Tokens scored at a time; of a sharded model, each pass gathers all weights.
 
     Raises:
         StaleCacheError: The cache lacks completions of the sample.
     """
     if isinstance(reference, CachedReference | CachedSums):
         reference = reference.over(sample)
-    for groups in _packed(sample, layout):
+    for groups in _packed(sample, layout, token_budget):
         batch = to_torch(lay_out(sample, groups, layout, **shape_for(layout, device)), device)
         targets = batch.targets
         logps = None if isinstance(reference, CachedSums) else reference.logps(batch)
@@ -189,12 +187,12 @@ def sampled(
             )
 
 
-def _packed(sample: Store, layout: str) -> list[np.ndarray]:
-    """Return the groups of each batch, which has at most `AT_ONCE` tokens or one group."""
+def _packed(sample: Store, layout: str, token_budget: int) -> list[np.ndarray]:
+    """Return the groups of each batch, which has at most `token_budget` tokens or one group."""
     settings = FeedSettings(
         order="sorted",
         groups_per_update=len(sample),
-        token_budget=AT_ONCE,
+        token_budget=token_budget,
         layout=layout,
     )
     return micro_batches(settings.plan(sample, 0))
@@ -332,7 +330,7 @@ def check_start(
     first_loss = _InitialLossCheck(config, objective, bound) if objective else None
     ends = EndCheck(stop_ids) if objective else None
     with side_effect_free(policy), autocast(precision, device):
-        groups = sampled(sample, layout, device, reference, scorer)
+        groups = sampled(sample, layout, device, reference, scorer, training_budget(config))
         for one in groups if scorer or ends else ():
             if ends:
                 ends.add(one)

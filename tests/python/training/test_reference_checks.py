@@ -408,10 +408,10 @@ class Counting(FrozenReference):
 
 @pytest.mark.parametrize("is_resumed", [False, True])
 def test_the_reference_scores_the_sample_once_several_groups_at_a_time(
-    config: TrainConfig, store: Store, is_resumed: bool, monkeypatch: pytest.MonkeyPatch
+    config: TrainConfig, store: Store, is_resumed: bool
 ) -> None:
     """Of a sharded model each pass gathers all weights; a resumed run has nothing to compare."""
-    monkeypatch.setattr("logratio.training.reference_checks.AT_ONCE", 60)
+    config = with_(config, token_budget=60)
     policy, reference = load_model(config.model), Counting(load_model(config.model))
     objective = None if is_resumed else Objective.of(config)
     assert not check_start(config, store, policy, reference, "shared", objective, {STOP})

@@ -55,7 +55,11 @@ def test_a_run_that_is_restarted_twice_trains_the_weights_of_one_process(
     launcher = ["--max-restarts", "2", "--nproc-per-node", "2", str(script), str(bad)]
     done = launched(*launcher, *arguments, *own)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("error: the data is broken") == done.stderr.count(f"{bad}:1") == 1
+    first, *others = (one for one in done.stderr.splitlines() if one.startswith("error: "))
+    assert first.startswith("error: the data is broken")
+    assert done.stderr.count(f"{bad}:1") == 1
+    assert len(others) <= 1  # torchrun may end rank 0 before it blames the killed one
+    assert all("rank 1 " in one for one in others), others
     assert done.stderr.count("resuming after update 2") == 1
     assert done.stdout.count("6 updates; model, metrics and settings") == 1
     assert (done.stdout + done.stderr).count("2 processes on 1 host: fsdp") == 2
