@@ -1,6 +1,8 @@
 """The scheduler: order of requests, refusal at admission, and dropped work."""
 
 import asyncio
+import os
+import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -184,3 +186,21 @@ def test_the_pace_learns_the_cost_per_run_and_per_token() -> None:
     for _ in range(500):
         pace.learn(500, 5.0)  # the machine has become slower
     assert pace.of(500) == pytest.approx(5.0, rel=0.05)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
+def test_requests_are_read_and_refused_before_others_are_computed() -> None:
+    found: list[int] = []
+
+    class Observed(Fake):
+        def step(self) -> int:
+            found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+            return super().step()
+
+    async def act(scheduler: Scheduler, log: list[str]) -> None:
+        await scheduler.run(1, lambda: Observed("one", [10], log))
+
+    run(act)
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    assert own < 19, "started with the lowest priority, which hides the difference"
+    assert found[0] > own
