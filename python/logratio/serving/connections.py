@@ -161,7 +161,9 @@ class Connections:
     def open(self, connection: "GuardedProtocol") -> bool:
         """Add a new connection; at the limit, close the one that has been silent longest.
 
-        A connection whose request has arrived but was not read yet is not silent: among many new
+        Connections that have had an answer are closed last: their clients are about to send the
+        next request, and many connections without any request would take their places. A
+        connection whose request has arrived but was not read yet is not silent: among many new
         connections, requests would otherwise be lost.
 
         Returns:
@@ -169,8 +171,8 @@ class Connections:
         """
         limit = self.limits.connections
         if len(self._open) >= limit:
-            unused = (one for one in self._silent if not one.has_unread_bytes())
-            if oldest := next(unused, None):
+            by_use = sorted(self._silent, key=_was_answered)
+            if oldest := next((one for one in by_use if not one.has_unread_bytes()), None):
                 self.close(oldest)
                 oldest.transport.abort()
         self._open.add(connection)
@@ -196,6 +198,7 @@ class GuardedProtocol(H11Protocol):
     Attributes:
         guarded: All connections of the server; see `protocol`.
         is_crowded: Whether this connection only answers health probes.
+        was_answered: Whether it has had a complete answer.
     """
 
     guarded: ClassVar[Connections]
@@ -203,7 +206,7 @@ class GuardedProtocol(H11Protocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.conn = StrictConnection(HEAD_BYTES)
-        self.is_crowded = False
+        self.is_crowded = self.was_answered = False
         self._header_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
 
@@ -245,6 +248,7 @@ class GuardedProtocol(H11Protocol):
     def on_response_complete(self) -> None:
         """Mark the connection as silent until the next request."""
         super().on_response_complete()
+        self.was_answered = True
         self._update_header_timer(has_begun=False)
 
     def pause_writing(self) -> None:
@@ -283,6 +287,10 @@ class GuardedProtocol(H11Protocol):
             for event in (response, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
+
+
+def _was_answered(connection: GuardedProtocol) -> bool:
+    return connection.was_answered
 
 
 def protocol(limits: Limits) -> type[GuardedProtocol]:

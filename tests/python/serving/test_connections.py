@@ -129,6 +129,20 @@ def test_requests_after_the_crowd_are_served(server: Any) -> None:
         assert answer(connection).startswith(b"HTTP/1.1 200")
 
 
+def test_connections_without_a_request_do_not_take_the_place_of_one_in_use(server: Any) -> None:
+    with connected(server) as kept:
+        kept.sendall(GET.replace(b"connection: close\r\n", b""))
+        assert kept.recv(4096).startswith(b"HTTP/1.1 200")
+        silent = [connected(server) for _ in range(3 * LIMITS.connections)]
+        try:
+            assert answer(silent[0]) == b""  # another was closed for the last ones
+            kept.sendall(GET)
+            assert b"HTTP/1.1 200" in answer(kept)
+        finally:
+            for connection in silent:
+                connection.close()
+
+
 def test_a_request_that_has_arrived_is_answered_among_many_new_connections(server: Any) -> None:
     with connected(server) as holding:
         holding.sendall(GET.replace(b"/livez", b"/held"))
