@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from compiled_graphs import graphs as graphs
+from conftest import write_pairs
 from safetensors.torch import load_file
 from torch import nn
 
@@ -72,42 +73,34 @@ def test_a_failing_compiler_is_reported_and_not_used() -> None:
     assert verdict.reason == "layers are not compiled: RuntimeError: no C compiler"
 
 
+def run_in(folder: Path, model: Path) -> TrainConfig:
+    data = write_pairs(folder / "pairs.jsonl", 16)
+    return TrainConfig(model, [data], folder / "out", lr=1e-3, batch_size=4, save_every=0)
+
+
 @pytest.fixture
-def config(tiny_model: Path, pairs_file: Path, tmp_path: Path) -> TrainConfig:
-    return TrainConfig(
-        tiny_model, [pairs_file], tmp_path / "plain", lr=1e-3, batch_size=4, save_every=0
-    )
+def config(tiny_model: Path, tmp_path: Path) -> TrainConfig:
+    return run_in(tmp_path, tiny_model)
 
 
-def trained(config: TrainConfig) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+History = list[dict[str, float]]
+Weights = dict[str, torch.Tensor]
+
+
+def trained(config: TrainConfig) -> tuple[History, Weights]:
     history = train(config, show_progress=False).history
     return history, load_file(Path(config.output) / "model.safetensors")
 
 
-@pytest.mark.parametrize("chosen", [True, False])
-def test_the_trial_changes_nothing_of_the_run(
-    chosen: bool,
-    graphs: list[int],
-    config: TrainConfig,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Bit for bit: these graphs compute what plain layers compute."""
-    history, weights = trained(config)
-    monkeypatch.setattr(compile_trial, "SHORT", 0.0)
-    monkeypatch.setattr(compile_trial, "GAIN", -1e6 if chosen else 1.0)
-    tried = replace(config, output=Path(config.output).parent / "tried", compile_layers="auto")
-    found, others = trained(tried)
-    assert 0 < len(graphs) <= 4, "the run finds the graphs of the trial"
-    assert found == history
-    assert all(torch.equal(weights[name], others[name]) for name in weights)
-    assert f"auto: layers are {'' if chosen else 'not '}compiled: " in capsys.readouterr().err
+@pytest.fixture(scope="module")
+def plain(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[History, Weights]:
+    """What a run without a trial gives."""
+    return trained(run_in(tmp_path_factory.mktemp("plain"), tiny_model))
 
 
-def test_gradients_and_generators_are_as_before(
-    graphs: list[int], config: TrainConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(compile_trial, "SHORT", 0.0)
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Of each trial, whether torch's generator was as before, and the gradients that were left."""
     seen: list[tuple[Any, ...]] = []
 
     def watched(policy: nn.Module, *given: Any) -> Verdict:
@@ -119,9 +112,29 @@ def test_gradients_and_generators_are_as_before(
         return verdict
 
     monkeypatch.setattr("logratio.training.update_loop.try_compiling", watched)
-    DPOTrainer(config=replace(config, compile_layers="auto"), show_progress=False).train()
-    assert graphs
-    assert seen == [(True, [])]
+    return seen
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_the_trial_changes_nothing_of_the_run(
+    chosen: bool,
+    graphs: list[int],
+    seen: list[tuple[Any, ...]],
+    config: TrainConfig,
+    plain: tuple[History, Weights],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Bit for bit: these graphs compute what plain layers compute."""
+    history, weights = plain
+    monkeypatch.setattr(compile_trial, "SHORT", 0.0)
+    monkeypatch.setattr(compile_trial, "GAIN", -1e6 if chosen else 1.0)
+    found, others = trained(replace(config, compile_layers="auto"))
+    assert 0 < len(graphs) <= 4, "the run finds the graphs of the trial"
+    assert seen == [(True, [])], "the generator is as before, and there are no gradients"
+    assert found == history
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    assert f"auto: layers are {'' if chosen else 'not '}compiled: " in capsys.readouterr().err
 
 
 def test_a_resumed_run_keeps_its_decision(

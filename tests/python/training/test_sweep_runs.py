@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,31 @@ from logratio.training.run_folder import RunExistsError, locked_output
 from logratio.training.sweep_runs import prepare, runs_of
 
 
-@pytest.fixture
-def config(tiny_model: Path, pairs_file: Path, tmp_path: Path) -> SweepConfig:
-    base = TrainConfig(tiny_model, [pairs_file], tmp_path / "swept", batch_size=8, save_every=1)
-    held_out = write_pairs(tmp_path / "held_out.jsonl", 20)
+def sweep_in(folder: Path, model: Path) -> SweepConfig:
+    data, held_out = (
+        write_pairs(folder / f"{name}.jsonl", count)
+        for name, count in (("pairs", 16), ("held_out", 20))
+    )
+    base = TrainConfig(model, [data], folder / "swept", batch_size=8, save_every=1)
     return SweepConfig(base, [held_out], lr=(1e-3, 3e-3), samples=4, max_new_tokens=8)
+
+
+@pytest.fixture
+def config(tiny_model: Path, tmp_path: Path) -> SweepConfig:
+    return sweep_in(tmp_path, tiny_model)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> SweepResult:
+    """A finished sweep, which no test changes."""
+    return run_sweep(sweep_in(tmp_path_factory.mktemp("finished"), tiny_model))
+
+
+@pytest.fixture
+def swept(config: SweepConfig, finished: SweepResult) -> SweepConfig:
+    """The configuration of a sweep that is finished, in a folder of the test's own."""
+    shutil.copytree(finished.output, config.base.output)
+    return config
 
 
 def with_(config: SweepConfig, base: dict[str, Any] | None = None, **changes: Any) -> SweepConfig:
@@ -81,9 +102,9 @@ def test_every_combination_has_a_run_with_a_readable_name(config: SweepConfig) -
 
 
 def test_the_runs_equal_runs_and_evaluations_of_their_own(
-    config: SweepConfig, tmp_path: Path
+    config: SweepConfig, finished: SweepResult, tmp_path: Path
 ) -> None:
-    result = run_sweep(config)
+    result = finished
     assert [row.name for row in result.rows] == [
         "dpo-beta0.1-lr0.001-seed0",
         "dpo-beta0.1-lr0.003-seed0",
@@ -141,31 +162,32 @@ def test_the_reference_scores_once_and_the_data_is_tokenized_once(
 
 
 def test_a_finished_sweep_trains_and_evaluates_nothing(
-    config: SweepConfig, trained: list[str], monkeypatch: pytest.MonkeyPatch
+    swept: SweepConfig,
+    finished: SweepResult,
+    trained: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    first = run_sweep(config)
-    assert len(trained) == 2
-    before = lines(config)
+    before = lines(swept)
+    assert len(before) == 2
     monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: pytest.fail("evaluated again"))
-    again = run_sweep(config)
-    assert (again.rows, again.best, lines(config)) == (first.rows, first.best, before)
-    assert len(trained) == 2
+    again = run_sweep(swept)
+    assert (again.rows, again.best, lines(swept)) == (finished.rows, finished.best, before)
+    assert not trained
 
 
 def test_more_samples_evaluate_again_without_training(
-    config: SweepConfig, trained: list[str]
+    swept: SweepConfig, trained: list[str]
 ) -> None:
-    run_sweep(config)
-    result = run_sweep(with_(config, samples=6))
-    assert len(trained) == 2
-    assert len(lines(config)) == 4
+    result = run_sweep(with_(swept, samples=6))
+    assert not trained
+    assert len(lines(swept)) == 4
     assert [row.evaluation["kl"]["samples"] for row in result.rows if row.evaluation] == [6, 6]
 
 
-def test_more_values_add_runs(config: SweepConfig, trained: list[str]) -> None:
-    run_sweep(config)
-    result = run_sweep(with_(config, lr=(1e-3, 3e-3, 5e-3)))
-    assert trained == [row.name for row in result.rows]
+def test_more_values_add_runs(swept: SweepConfig, trained: list[str]) -> None:
+    result = run_sweep(with_(swept, lr=(1e-3, 3e-3, 5e-3)))
+    assert len(result.rows) == 3
+    assert trained == [result.rows[2].name]
 
 
 def test_an_interrupted_sweep_resumes_its_run(
@@ -213,13 +235,12 @@ def test_a_failed_run_is_recorded_and_the_sweep_continues(
     assert [line["failed"] for line in lines(config)] == ["RuntimeError: out of luck", None, None]
 
 
-def test_changed_settings_do_not_replace_finished_runs(config: SweepConfig) -> None:
-    run_sweep(config)
-    result = run_sweep(with_(config, {"batch_size": 4}))
+def test_changed_settings_do_not_replace_finished_runs(swept: SweepConfig) -> None:
+    result = run_sweep(with_(swept, {"batch_size": 4}))
     assert all("RunExistsError" in (row.failed or "") for row in result.rows)
-    result = run_sweep(with_(config, {"batch_size": 4, "overwrite": True}))
+    result = run_sweep(with_(swept, {"batch_size": 4, "overwrite": True}))
     assert [row.failed for row in result.rows] == [None, None]
-    assert len(lines(config)) == 2
+    assert len(lines(swept)) == 2
 
 
 def test_a_loss_without_a_reference_needs_no_cache(config: SweepConfig) -> None:
