@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from shared_traces import shared_traces
 from tiny_models import GROUPED, tiny
 from tokenizers_for_tests import byte_level, save
 from transformers import LlamaConfig
@@ -23,6 +24,7 @@ def byte_bundle(factory: pytest.TempPathFactory) -> Path:
             save(folder / name, byte_level())
         for name, reference in (("bundle", folder / "reference"), ("free", "none")):
             plan = ExportConfig(folder / "policy", reference, folder / name, BETA)
-            export_bundle(plan, show_progress=False)
+            with shared_traces():
+                export_bundle(plan, show_progress=False)
         _folder.append(folder)
     return _folder[0]

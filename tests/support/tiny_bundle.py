@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir
 import pytest
 import torch
+from shared_traces import shared_traces
 from tiny_models import save_tiny_model
 from torch import nn
 
@@ -39,7 +40,9 @@ def tiny_bundle(factory: pytest.TempPathFactory) -> Path:
             save_tiny_model(folder / "policy", 0),
             save_tiny_model(folder / "reference", 1),
         )
-        export_bundle(ExportConfig(policy, reference, folder / "bundle", BETA), show_progress=False)
+        with shared_traces():
+            config = ExportConfig(policy, reference, folder / "bundle", BETA)
+            export_bundle(config, show_progress=False)
         _folder.append(folder)
     return _folder[0]
 
@@ -49,7 +52,8 @@ def other_bundle(factory: pytest.TempPathFactory) -> Path:
     folder = tiny_bundle(factory)
     if not (folder / "other").exists():
         config = ExportConfig(folder / "reference", folder / "policy", folder / "other", BETA)
-        export_bundle(config, show_progress=False)
+        with shared_traces():
+            export_bundle(config, show_progress=False)
     return folder / "other"
 
 

@@ -114,9 +114,10 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_tiny_model(folder: Path, seed: int = 0) -> Path:
+def save_tiny_model(folder: Path, seed: int = 0, layers: int = 2) -> Path:
     """Write a tiny Llama with the word-level tokenizer to `folder`."""
-    config = LlamaConfig(**{**GROUPED, "vocab_size": len(WORDS)}, pad_token_id=0)
+    sizes = {**GROUPED, "vocab_size": len(WORDS), "num_hidden_layers": layers}
+    config = LlamaConfig(**sizes, pad_token_id=0)
     tiny(config, seed, scale=2.0).save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
     return folder

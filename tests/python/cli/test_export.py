@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from shared_traces import shared_traces
 from tiny_models import save_tiny_model
 
 from logratio.cli.app import main
@@ -22,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("scoring")
     for seed, name in enumerate(("reference", "policy")):
         save_tiny_model(folder / name, seed)
-    with pytest.raises(SystemExit) as ended:
+    with shared_traces(), pytest.raises(SystemExit) as ended:
         main(export_arguments(folder, "bundle"))
     assert not ended.value.code
     rows = "".join(json.dumps(row) + "\n" for row in ROWS)

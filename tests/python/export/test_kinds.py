@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Run
+from shared_traces import shared_traces
 from tiny_bundle import BETA, plain_sums, rewrite_manifest
 from tiny_models import save_tiny_model
 
@@ -43,7 +44,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trained(folder / "cpo", 0, loss="cpo", beta=0.5)
     for name, reference in (("dpo", "cached"), ("simpo", None)):
         config = ExportConfig(folder / name, reference, folder / f"{name}-bundle")
-        export_bundle(config, show_progress=False)
+        with shared_traces():
+            export_bundle(config, show_progress=False)
     return folder
 
 
@@ -169,7 +171,8 @@ def test_the_cache_of_precompute_gives_the_reference(
     precompute(PrecomputeConfig(reference, [data], tmp_path / "cache"), show_progress=False)
     rows.write_text(json.dumps({"prompt": PROMPT, "candidates": TEXTS[:3]}) + "\n")
     both = tmp_path / "both"
-    export_bundle(ExportConfig(folder / "dpo", reference, both), show_progress=False)
+    with shared_traces():
+        export_bundle(ExportConfig(folder / "dpo", reference, both), show_progress=False)
     expected = Reranker.load(both).score(PROMPT, TEXTS[:2])
     out = tmp_path / "out.jsonl"
     code, _, _ = run(

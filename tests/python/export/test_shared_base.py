@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from conftest import Run
+from shared_traces import shared_traces
 from tiny_bundle import BETA, accept_files, plain_sums
 from tiny_models import save_tiny_model, tiny, word_tokenizer
 from transformers import GPT2Config
@@ -64,7 +65,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, (name, settings) in enumerate(ADAPTERS.items()):
         policy = adapted(model, folder / name, seed, **settings)
         config = ExportConfig(policy, model, folder / f"{name}-bundle", BETA, base=folder / "base")
-        export_bundle(config, show_progress=False)
+        with shared_traces():
+            export_bundle(config, show_progress=False)
     return folder
 
 

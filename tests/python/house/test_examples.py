@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_pairs
+from shared_traces import shared_traces
 from tiny_bundle import tiny_bundle
 from tiny_models import save_tiny_model
 
@@ -91,4 +92,6 @@ def test_an_example_runs(
     example.globs |= {"Source": Source}
     runner = doctest.DocTestRunner(SameBesidesNumbers(), verbose=False)
     shown: list[str] = []
-    assert runner.run(example, out=shown.append).failed == 0, "".join(shown)
+    with shared_traces():
+        failed = runner.run(example, out=shown.append).failed
+    assert failed == 0, "".join(shown)
