@@ -103,10 +103,16 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """Of each trial, whether torch's generator was as before, and the gradients that were left."""
     seen: list[tuple[Any, ...]] = []
 
-    def watched(policy: nn.Module, *given: Any) -> Verdict:
+    def watched(
+        policy: nn.Module, kept: LayerOptions, rehearse: Callable[[], None], rounds: float
+    ) -> Verdict:
+        def drawing() -> None:
+            torch.rand(1)  # as dropout does, which this model has not
+            rehearse()
+
         torch.rand(1)  # what the policy's making left may not be what a seed would give
         before = torch.get_rng_state()
-        verdict = try_compiling(policy, *given)
+        verdict = try_compiling(policy, kept, drawing, rounds)
         gradients = [p.grad for p in policy.parameters() if p.grad is not None]
         seen.append((torch.equal(torch.get_rng_state(), before), gradients))
         return verdict
