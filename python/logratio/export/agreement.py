@@ -103,8 +103,8 @@ def groups_of_file(
             raise ConfigError(f"--data {source}: no {error}") from error
         except (InvalidRecordError, TypeError, ValueError) as error:
             raise ConfigError(
-                f"--data {source}: the row cannot be used ({error}); a row is "
-                '{"prompt": text or messages, "candidates": [text, …]}'
+                f"--data {source}: the row cannot be used ({error}): correct or remove it; a row "
+                'is {"prompt": text or messages, "candidates": [text, …]}'
             ) from error
     if not any(len(group.candidates) > 1 for group in groups):
         raise ConfigError(f"--data {path}: no row has two candidates to compare")

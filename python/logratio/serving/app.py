@@ -8,12 +8,13 @@ from functools import partial
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from logratio.serving.access_log import METRICS, Log, Observed
 from logratio.serving.bundles import Bundles, NamedInPath
-from logratio.serving.connections import BoundedBody
+from logratio.serving.connections import PROBES, BoundedBody
 from logratio.serving.keys import Authenticated, Keys
 from logratio.serving.limits import Limits, RefusedError, responses
 from logratio.serving.metrics import CONTENT_TYPE, ServerMetrics
@@ -34,7 +35,7 @@ from logratio.serving.tracing import Tracing
 _DESCRIPTION = (
     f"Orders completions of a prompt by the implicit reward of a trained policy. {SCORES}"
 )
-_REFUSALS = responses(ErrorResponse, (400, 401, 404, 408, 413, 422, 429, 500, 503, 504))
+_REFUSALS = responses(ErrorResponse, (400, 401, 404, 408, 413, 415, 422, 429, 500, 503, 504))
 _GROUPS = [
     {"name": RERANK, "description": "One prompt's documents, the best first."},
     {"name": SCORE, "description": "Rewards of candidates, in the order of the request."},
@@ -90,6 +91,7 @@ def build_app(
     async def scrape() -> Response:
         return Response(metrics.text(bundles), media_type=CONTENT_TYPE)
 
+    _answer_head(app)
     # Each is wrapped around those before it, so a request meets the last one first.
     app.add_middleware(NamedInPath, bundles=bundles)
     app.add_middleware(BoundedBody, limits=limits, check_open=shared.scheduler.check_open)
@@ -136,6 +138,13 @@ def _add_health(app: FastAPI, state: State) -> None:
             responses=responses(ErrorResponse, [503]), operation_id=path.removeprefix("/"),
             tags=[SERVER],
         )(readyz)  # fmt: skip
+
+
+def _answer_head(app: FastAPI) -> None:
+    """Let probes be asked with HEAD, too, as some load balancers do."""
+    for route in [*app.routes]:
+        if isinstance(route, APIRoute) and route.path in PROBES:
+            app.add_api_route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False)
 
 
 def _add_refusals(app: FastAPI) -> None:

@@ -8,6 +8,7 @@ import termios
 from array import array
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import h11
@@ -79,7 +80,10 @@ class BoundedBody:
 async def _read(scope: MutableMapping[str, Any], receive: Receive, limit: int) -> bytes:
     """Read a body and count its bytes, since chunked requests have no Content-Length."""
     too_large = RefusedError(413, "body_too_large", f"the limit is {limit:,} bytes per request")
-    stated = dict(scope["headers"]).get(b"content-length", b"0")
+    headers = dict(scope["headers"])
+    if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+        raise RefusedError(415, "encoding", "send the body without compression")
+    stated = headers.get(b"content-length", b"0")
     if stated.isdigit() and int(stated) > limit:
         raise too_large
     body = bytearray()
@@ -171,7 +175,7 @@ class Connections:
         """
         limit = self.limits.connections
         if len(self._open) >= limit:
-            by_use = sorted(self._silent, key=_was_answered)
+            by_use = sorted(self._silent, key=attrgetter("was_answered"))
             if oldest := next((one for one in by_use if not one.has_unread_bytes()), None):
                 self.close(oldest)
                 oldest.transport.abort()
@@ -287,10 +291,6 @@ class GuardedProtocol(H11Protocol):
             for event in (response, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
-
-
-def _was_answered(connection: GuardedProtocol) -> bool:
-    return connection.was_answered
 
 
 def protocol(limits: Limits) -> type[GuardedProtocol]:

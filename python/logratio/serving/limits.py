@@ -78,7 +78,8 @@ ERRORS: Mapping[int, Mapping[str, str]] = {
     },
     415: {"encoding": "the body is compressed"},
     422: {
-        "malformed": "a field is missing, unknown with `--strict`, or has another type",
+        "malformed": "the body is not JSON, or a field is missing, unknown with `--strict`, or has "
+        "another type",
         "query": "the prompt cannot be scored, or is too long",
         "document": "no candidate can be scored, or one for which the answer has no place",
         "no_prompts": "there are no prompts",

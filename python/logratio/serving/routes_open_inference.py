@@ -186,8 +186,6 @@ class _ModelRoutes:
         """Score with a version."""
         service = self._service(name, version)
         outputs = outputs_of(service.reranker)
-        if request.headers.get("content-encoding", "identity") != "identity":
-            raise RefusedError(415, "encoding", "send the body without compression")
         text, binary = divided(await request.body(), request.headers.get(JSON_LENGTH))
         parsed = _parsed(text)
         warnings = self._warnings(parsed)

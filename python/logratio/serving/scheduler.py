@@ -486,8 +486,8 @@ def _yield_to_answers() -> None:
     """
     if sys.platform == "linux":
         thread = threading.get_native_id()
-        lowered = min(19, os.getpriority(os.PRIO_PROCESS, thread) + _NICENESS)
-        with suppress(OSError):
+        with suppress(OSError):  # some sandboxes allow neither
+            lowered = min(19, os.getpriority(os.PRIO_PROCESS, thread) + _NICENESS)
             os.setpriority(os.PRIO_PROCESS, thread, lowered)
 
 

@@ -1,5 +1,6 @@
 """The rerank API: format, order, limits, and no request text in errors or logs."""
 
+import gzip
 import http.client
 import json
 import logging
@@ -25,6 +26,7 @@ from tiny_bundle import BETA, copy_bundle, tiny_bundle, with_template
 from logratio.extras import MissingExtraError
 from logratio.serving import Reranker
 from logratio.serving.candidates import READING, CandidateGroup, Prompt, Reading
+from logratio.serving.connections import PROBES
 from logratio.serving.limits import Limits
 from logratio.serving.server import create_app
 
@@ -248,6 +250,22 @@ def test_a_document_that_cannot_be_scored_has_an_error(
     prompt = {"query": "sad " * 600, "documents": ["sad"]}
     message = refused(client, 422, "query", json=prompt)
     assert message.startswith("[R304] the prompt has 601 tokens, the limit is 511: shorten it; ")
+
+
+@pytest.mark.parametrize("path", ["/v1/rerank", "/v1/score", "/get_reward"])
+def test_a_compressed_body_is_refused_with_what_to_do(client: TestClient, path: str) -> None:
+    body = gzip.compress(json.dumps({"query": QUERY, "documents": DOCUMENTS}).encode())
+    answer = client.post(path, content=body, headers=JSON | {"content-encoding": "gzip"})
+    assert answer.status_code == 415
+    error = {"code": "encoding", "message": "send the body without compression"}
+    assert answer.json() == {"error": error}
+
+
+@pytest.mark.parametrize("path", sorted(PROBES))
+def test_probes_may_be_asked_with_head(client: TestClient, path: str) -> None:
+    answer = client.head(path)
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert "head" not in client.get("/openapi.json").json()["paths"][path]
 
 
 @pytest.mark.parametrize(
